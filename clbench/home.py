@@ -1,0 +1,36 @@
+"""Where clbench keeps what it fetched, built and measured: one cache folder, ``CLBENCH_HOME``.
+
+Everything in it can be made again; run folders, which cannot, live where the user says.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def home() -> Path:
+    """Return the cache folder: ``$CLBENCH_HOME``, or ``clbench`` in the user's cache folder."""
+    if explicit := os.environ.get("CLBENCH_HOME"):
+        return Path(explicit).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clbench"
+
+
+def downloads_folder() -> Path:
+    """Files from the package index, by name, each checked against its manifest's sha256."""
+    return home() / "downloads"
+
+
+def streams_folder() -> Path:
+    """Built streams, one folder per name and source digest."""
+    return home() / "streams"
+
+
+def bases_folder() -> Path:
+    """Base checkpoints, one folder per track and digest."""
+    return home() / "bases"
+
+
+def cells_folder() -> Path:
+    """Measured cells, addressed by (weights, suite, data)."""
+    return home() / "cells"

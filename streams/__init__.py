@@ -1,0 +1,1 @@
+"""Streams and stream builders, one file each; the file name is the stream name."""

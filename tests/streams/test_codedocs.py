@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import subprocess
+import sys
+import tarfile
+import zipfile
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from clbench import index
+from clbench.errors import ConfigError, IntegrityError, NotFoundError, OfflineError
+from clbench.stream import Document
+from clbench.streams.codedocs import CodeDocs, Manifest, decode, is_prose, is_wanted, read_manifest
+from clbench.streams.codedocs_nano import CodeDocsNano
+from tests.index_server import IndexServer, index_server
+
+LONG = "It does what its name says, which takes a sentence that is long enough to be worth a document of its own. "
+
+OLD_MODULE = f'''\
+# -*- coding: latin-1 -*-
+"""The caf\xe9 module. {LONG}"""
+print "Python 2"
+
+class Graph(object):
+    """A graph. {LONG}"""
+
+    def add(self, node, weight=1):
+        """Add a node. {LONG}"""
+
+    class View:
+        def only(self):
+            """Nested deeply. {LONG}"""
+
+    def short(self):
+        """Too short."""
+
+def removed():
+    """Will be removed. {LONG}"""
+'''
+NEW_MODULE = f'''\
+"""The café module. {LONG}"""
+from __future__ import annotations
+
+class Graph:
+    """A graph. {LONG}"""
+
+    def add(self, node: str, *, weight: float = 1.0) -> None:
+        """Add a node. {LONG}"""
+
+    class View:
+        def only(self):
+            """Nested deeply. {LONG}"""
+
+def added(x: int | None = None) -> int:
+    """Was added. {LONG}"""
+'''
+GUIDE = f"Guide\n=====\n\n{LONG}\n\nUse\n---\n\nUse it. {LONG}\n\nLeave\n-----\n\nLeave it. {LONG}\n"
+
+
+def sdist(path: Path, files: dict[str, str | bytes], top: str) -> dict[str, Any]:
+    """Write a source distribution; return the fields that pin it."""
+    members = {f"{top}/{name}": data if isinstance(data, bytes) else data.encode() for name, data in files.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in members.items():
+                archive.writestr(name, data)
+    else:
+        with tarfile.open(path, "w:bz2" if path.suffix == ".bz2" else "w:gz") as target:
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                target.addfile(info, io.BytesIO(data))
+    data = path.read_bytes()
+    return {"file": path.name, "sha256": hashlib.sha256(data).hexdigest(), "n_bytes": len(data)}
+
+
+@pytest.fixture
+def manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stream of two packages in two stages whose files lie in the downloads folder."""
+    monkeypatch.setenv("CLBENCH_HOME", str(tmp_path / "home"))
+    downloads = tmp_path / "home" / "downloads"
+    old = sdist(
+        downloads / "graphs-0.1.tar.gz",
+        {
+            "lib/graphs/core.py": OLD_MODULE.encode("latin-1"),
+            "docs/guide.txt": GUIDE,
+            "docs/copy/guide.txt": GUIDE,
+            "CHANGES.txt": LONG * 3,
+            "LICENSE.txt": LONG * 3,
+            "tests/test_core.py": OLD_MODULE.encode("latin-1"),
+            "setup.py": f'"""{LONG}"""',
+        },
+        "graphs-0.1",
+    )
+    new_guide = GUIDE.replace("Leave it.", "Please leave it.").replace("\n", "\r\n")
+    new = sdist(
+        downloads / "graphs-2.0.zip",
+        {"src/graphs/core.py": NEW_MODULE, "docs/guide.txt": new_guide, "graphs.egg-info/SOURCES.txt": LONG},
+        "graphs-2.0",
+    )
+    other = sdist(downloads / "other-1.tar.bz2", {"other.py": f'"""Other. {LONG}"""'}, "other-1")
+    stages = [
+        ("2008", [("graphs", "0.1", "2008-05-01", old)]),
+        ("2020", [("other", "1", "2020-01-02", other), ("graphs", "2.0", "2020-12-31", new)]),
+    ]
+    content = {
+        "format": 1,
+        "name": "two-stages",
+        "stages": [
+            {
+                "name": name,
+                "start": f"{name}-01-01",
+                "end": f"{name}-12-31",
+                "releases": [
+                    {"package": p, "version": v, "date": d, "licence": "MIT", **pin} for p, v, d, pin in releases
+                ],
+            }
+            for name, releases in stages
+        ],
+    }
+    path = tmp_path / "manifest.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def by_id(source: CodeDocs, stage: int) -> dict[str, Document]:
+    documents = list(source.documents(stage))
+    found = {document.id: document for document in documents}
+    assert len(found) == len(documents), "ids are unique within a stage"
+    return found
+
+
+OLD_IDS = {
+    "graphs:graphs/core.py:",
+    "graphs:graphs/core.py:Graph",
+    "graphs:graphs/core.py:Graph.add",
+    "graphs:graphs/core.py:Graph.View.only",
+    "graphs:graphs/core.py:removed",
+    "graphs:docs/guide.txt#Guide",
+    "graphs:docs/guide.txt#Guide > Use",
+    "graphs:docs/guide.txt#Guide > Leave",
+}
+
+
+def test_python_2_release(manifest: Path) -> None:
+    documents = by_id(CodeDocs(manifest), 0)
+    assert set(documents) == OLD_IDS, "no tests, licences, change logs, set-up scripts, short or repeated texts"
+    assert {d.change for d in documents.values()} == {"new"}
+    assert {(d.date, d.group) for d in documents.values()} == {("2008-05-01", "graphs")}
+    assert documents["graphs:graphs/core.py:"].text.startswith("module graphs.core\n\nThe café module. It does")
+    add = documents["graphs:graphs/core.py:Graph.add"].text
+    assert add == f"def graphs.core.Graph.add(self, node, weight=1)\n\nAdd a node. {LONG.strip()}"
+    assert documents["graphs:graphs/core.py:Graph"].text.startswith("class graphs.core.Graph(object)\n\nA graph.")
+    assert documents["graphs:docs/guide.txt#Guide > Use"].text == f"Guide\n\nUse\n---\n\nUse it. {LONG.strip()}"
+
+
+def test_ids_are_stable_over_versions_and_changes_are_told(manifest: Path) -> None:
+    changes = {identity: document.change for identity, document in by_id(CodeDocs(manifest), 1).items()}
+    assert changes == {
+        "other:other.py:": "new",
+        "graphs:graphs/core.py:": "unchanged",
+        "graphs:graphs/core.py:Graph": "changed",
+        "graphs:graphs/core.py:Graph.add": "changed",
+        "graphs:graphs/core.py:Graph.View.only": "unchanged",
+        "graphs:graphs/core.py:added": "new",
+        "graphs:docs/guide.txt#Guide": "unchanged",
+        "graphs:docs/guide.txt#Guide > Use": "unchanged",
+        "graphs:docs/guide.txt#Guide > Leave": "changed",
+    }
+
+
+def test_stages_can_be_read_in_any_order_and_again(manifest: Path) -> None:
+    source, other = CodeDocs(manifest), CodeDocs(manifest)
+    late_first = [list(source.documents(1)), list(source.documents(0)), list(source.documents(1))]
+    in_order = [list(other.documents(0)), list(other.documents(1))]
+    assert late_first == [in_order[1], in_order[0], in_order[1]]
+
+
+def test_stages_settings_and_summary(manifest: Path) -> None:
+    source = CodeDocs(manifest)
+    assert [(s.index, s.name, s.start, s.end) for s in source.stages()] == [
+        (0, "2008", "2008-01-01", "2008-12-31"),
+        (1, "2020", "2020-01-01", "2020-12-31"),
+    ]
+    before = source.settings()
+    text = manifest.read_text(encoding="utf-8")
+    manifest.write_text("# a comment changes nothing\n" + text, encoding="utf-8")
+    assert CodeDocs(manifest).settings() == before
+    manifest.write_text(text.replace("2008-05-01", "2008-05-02"), encoding="utf-8")
+    assert CodeDocs(manifest).settings() != before
+    first, second = source.summary()
+    assert first["documents"] == {"new": 8, "changed": 0, "unchanged": 0}
+    assert second["documents"] == {"new": 2, "changed": 3, "unchanged": 4}
+    assert second["packages"] == {"other": "1", "graphs": "2.0"} and second["licences"] == ["MIT"]
+    assert first["n_bytes"] == sum(len(d.text.encode()) for d in source.documents(0))
+
+
+def test_fetch_then_read_without_a_network(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloads = tmp_path / "home" / "downloads"
+    source = CodeDocs(manifest)
+    with index_server() as server:
+        offer_and_remove(server, source, downloads)
+        with pytest.raises(NotFoundError, match="clbench prepare"):
+            list(source.documents(0))
+        monkeypatch.setenv("CLBENCH_OFFLINE", "1")
+        with pytest.raises(OfflineError, match=r"graphs-0\.1"):
+            source.fetch()
+        monkeypatch.delenv("CLBENCH_OFFLINE")
+        index.fetch(source.files(), endpoint=server.endpoint)
+    monkeypatch.setenv("CLBENCH_OFFLINE", "1")
+    source.fetch()
+    assert set(by_id(source, 0)) == OLD_IDS
+
+
+def offer_and_remove(server: IndexServer, source: CodeDocs, downloads: Path) -> None:
+    for pin in source.files():
+        assert server.add(pin.project, pin.filename, (downloads / pin.filename).read_bytes()) == pin
+        (downloads / pin.filename).unlink()
+
+
+def test_a_file_that_changed_after_it_was_fetched_is_named(manifest: Path, tmp_path: Path) -> None:
+    path = tmp_path / "home" / "downloads" / "graphs-0.1.tar.gz"
+    sdist(path, {"graphs.py": f'"""Something else. {LONG}"""'}, "graphs-0.1")
+    with pytest.raises(IntegrityError, match=r"pins.*graphs-0\.1\.tar\.gz"):
+        list(CodeDocs(manifest).documents(0))
+
+
+def test_a_release_that_is_pinned_truncated_is_named(manifest: Path, tmp_path: Path) -> None:
+    path = tmp_path / "home" / "downloads" / "graphs-0.1.tar.gz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-300])
+    text = manifest.read_text(encoding="utf-8")
+    pinned = [hashlib.sha256(data).hexdigest() for data in (whole, whole[:-300])]
+    manifest.write_text(text.replace(*pinned), encoding="utf-8")
+    with pytest.raises(IntegrityError, match=r"truncated.*graphs-0\.1\.tar\.gz"):
+        list(CodeDocs(manifest).documents(0))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("licence: MIT", "licence: GPL-3.0", "GPL-3.0"),
+        ("2008-05-01", "2009-05-01", "2009-05-01"),
+        ("format: 1", "format: 2", "format"),
+        ("version:", "versoin:", "versoin|version"),
+        ("name: two-stages", "nam: [", "not YAML"),
+        ("start: '2020-01-01'", "start: '2008-01-01'", "starts before|is not in"),
+        ("package: other", "package: graphs", "two releases"),
+    ],
+)
+def test_a_wrong_manifest_is_one_clear_line(manifest: Path, old: str, new: str, said: str) -> None:
+    text = manifest.read_text(encoding="utf-8")
+    assert old in text
+    manifest.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(ConfigError, match=said) as caught:
+        CodeDocs(manifest)
+    assert "\n" not in str(caught.value) and "manifest.yaml" in str(caught.value)
+    with pytest.raises(NotFoundError):
+        read_manifest(manifest.with_name("absent.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("data", "python", "text"),
+    [
+        ("# coding: koi8-r\n# Привет".encode("koi8-r"), True, "# coding: koi8-r\n# Привет"),
+        ("#!/bin/x\n# vim: set fileencoding=cp1252 :\n“".encode("cp1252"), True, None),
+        ("é".encode(), True, "é"),
+        ("é".encode("latin-1"), True, "é"),
+        (b"# coding: no-such-codec\n\xe9", True, "# coding: no-such-codec\né"),
+        (b"# coding: utf-8\n\xe9", True, "# coding: utf-8\né"),
+        (b"# coding: koi8-r\n\xe9", False, "# coding: koi8-r\né"),
+        (b"\xef\xbb\xbfa\r\nb\rc\n", False, "a\nb\nc\n"),
+    ],
+)
+def test_decoding(data: bytes, python: bool, text: str | None) -> None:
+    assert decode(data, python=python) == (data.decode("cp1252") if text is None else text)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("pkg/core.py", True), ("docs/intro.rst", True), ("README.md", True), ("doc/build/orm.rst", True),
+        ("pkg/data/loader.py", True), ("pkg/tests/test_core.py", False), ("pkg/test_core.py", False),
+        ("setup.py", False), ("CHANGELOG.rst", False), ("docs/whats-new.rst", False), ("docs/changelog/a.rst", False),
+        ("pkg.egg-info/SOURCES.txt", False), ("requirements/dev.txt", False), ("requirements.txt", False),
+        ("pkg/_vendor/six.py", False), ("pkg/logo.png", False), ("pkg/cacerts.txt", False), ("LICENSE", False),
+        ("pkg/._core.py", False), ("docs/tutorial_de.txt", False), ("pkg/testing/tools.py", False),
+    ],
+)  # fmt: skip
+def test_which_files_may_hold_documents(name: str, wanted: bool) -> None:
+    assert is_wanted(name) is wanted
+
+
+def test_what_reads_like_prose() -> None:
+    assert is_prose(LONG)
+    assert is_prose(f"Use\n===\n\n{LONG}\n\n    >>> x = {{'a': 1}}\n")
+    assert not is_prose("Graphs\n------\n" + ".. autofunction:: a.b.c\n   :members:\n" * 20), "a list of names"
+    assert not is_prose("\n".join(f"{i} {i * 7}.5 {i * 3}" for i in range(200))), "a table of numbers"
+    assert not is_prose("\n".join("MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQ" * 1 for _ in range(20))), "a key"
+
+
+def test_the_shipped_manifest_keeps_its_promises() -> None:
+    source = CodeDocsNano()
+    manifest: Manifest = source.manifest
+    assert source.name == CodeDocsNano.name == manifest.name == "codedocs-nano"
+    assert len(manifest.stages) == 6 and manifest.stages[0].start >= "2006" and manifest.stages[-1].end >= "2026"
+    assert sum(pin.n_bytes for pin in source.files()) <= 60e6
+    packages = [{release.package for release in stage.releases} for stage in manifest.stages]
+    assert all(a & b for a, b in pairwise(packages)), "neighbours share a library"
+    assert all(len(b - a) >= 2 for a, b in pairwise(packages)), "every stage has new leaders"
+    assert not packages[0] & packages[-1], "the ends of the stream have nothing in common"
+
+
+def test_nothing_in_an_archive_is_executed_or_unpacked(manifest: Path, tmp_path: Path) -> None:
+    """The same in a process of its own: what it prints, writes and imports."""
+    code = (
+        "import sys, pathlib; from clbench.streams.codedocs import CodeDocs\n"
+        "source = CodeDocs(pathlib.Path(sys.argv[1])); n = sum(1 for i in (0, 1) for d in source.documents(i))\n"
+        "sys.stdout.write(f'{n} ' + str([m for m in sys.modules if 'graphs' in m or m == 'torch']))"
+    )
+    before = {path for path in tmp_path.rglob("*")}
+    done = subprocess.run([sys.executable, "-c", code, str(manifest)], capture_output=True, text=True, check=True)
+    assert done.stdout == "17 []" and done.stderr == ""
+    assert {path for path in tmp_path.rglob("*")} == before
