@@ -1,0 +1,74 @@
+"""Cells: one (checkpoint, suite, data) measurement, addressed by content, never made twice.
+
+Full matrices are quadratic in the number of stages and runs share checkpoints (the base, a method that never
+updates), so the cache is part of the design. A cell is a Parquet file of rows and a JSON file that is written last.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from clbench.errors import IntegrityError, NotFoundError
+from clbench.files import digest_of, read_json, write_json
+from clbench.home import cells_folder
+from clbench.results.store import ROWS_SCHEMA, read_rows, write_rows
+from clbench.suite import Checkpoint, Rows, Suite
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A measurement and what it cost when it was made."""
+
+    address: str
+    rows: pa.Table
+    flops: float
+    seconds: float
+    cached: bool
+
+
+def address_of(suite: Suite, checkpoint: Checkpoint) -> str:
+    """Return the address of a measurement: everything that its values depend on."""
+    parts = {
+        "format": FORMAT,
+        "weights": checkpoint.weights_sha256,
+        "tokenizer": checkpoint.tokenizer_sha256,
+        "precision": str(checkpoint.autocast_dtype),
+        "suite": suite.sha256(),
+        "data": suite.data_sha256(),
+    }
+    return digest_of(parts)
+
+
+def measure(suite: Suite, checkpoint: Checkpoint) -> Cell:
+    """Return the cell of a checkpoint under a suite, from the cache or measured now."""
+    address = address_of(suite, checkpoint)
+    rows_path, cost_path = _paths(address)
+    if cost_path.is_file():
+        try:
+            cost: dict[str, Any] = read_json(cost_path)
+            return Cell(address, read_rows(rows_path), cost["flops"], cost["seconds"], cached=True)
+        except (IntegrityError, NotFoundError, KeyError, TypeError):
+            cost_path.unlink(missing_ok=True)
+    start = time.perf_counter()
+    rows = table_of(suite.measure(checkpoint))
+    seconds, flops = time.perf_counter() - start, suite.flops(checkpoint)
+    write_rows(rows_path, rows)
+    write_json(cost_path, {"suite": suite.name, "flops": flops, "seconds": seconds})
+    return Cell(address, rows, flops, seconds, cached=False)
+
+
+def _paths(address: str) -> tuple[Path, Path]:
+    folder = cells_folder() / address[:2]
+    return folder / f"{address}.parquet", folder / f"{address}.json"
+
+
+def table_of(rows: Rows) -> pa.Table:
+    """Return rows as a table of schema ROWS_SCHEMA."""
+    return pa.table({name: getattr(rows, name) for name in ROWS_SCHEMA.names}, schema=ROWS_SCHEMA)

@@ -1,0 +1,280 @@
+"""Finds content by name: built-in folders, entry points of installed packages, and file or module paths.
+
+A name is a file's name (``replay`` is ``methods/replay.py``; ``-`` and ``_`` are the same); there is no registration
+step. ``my/file.py``, ``my/file.py:Class`` and ``package.module:Class`` work wherever a name does. Nothing is imported
+before it is asked for. This is the only place where the engine reaches content.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from clbench.errors import ConfigError, NotFoundError, did_you_mean
+from clbench.files import sha256_bytes
+from clbench.method import Method, option_fields
+from clbench.stream import StreamSource
+from clbench.suite import Suite
+from clbench.track import Track
+
+Kind = Literal["methods", "streams", "suites"]
+PACKAGES: dict[Kind, str] = {
+    "methods": "clbench.methods",
+    "streams": "clbench.streams",
+    "suites": "clbench.eval",
+}
+BASE_CLASSES: dict[Kind, type] = {"methods": Method, "streams": StreamSource, "suites": Suite}
+SPEC = re.compile(r"(?P<target>.+?)(?::(?P<options>[A-Za-z_]\w*=.*))?")
+
+
+def canonical(name: str) -> str:
+    """Return the spelling under which names are compared."""
+    return name.replace("_", "-")
+
+
+@cache
+def _available(kind: Kind) -> dict[str, str | EntryPoint]:
+    """Return canonical name -> module name or entry point; a name given twice is refused."""
+    package = importlib.import_module(PACKAGES[kind])
+    found: dict[str, str | EntryPoint] = {
+        canonical(module.name): f"{PACKAGES[kind]}.{module.name}"
+        for module in pkgutil.iter_modules(package.__path__)
+        if not module.name.startswith("_")
+    }
+    for entry in entry_points(group=f"clbench.{kind}"):
+        name = canonical(entry.name)
+        if name in found:
+            raise ConfigError(
+                f"two {kind} are called {name!r}",
+                where=f"entry point {entry.value}",
+                mend="uninstall or rename one of them",
+            )
+        found[name] = entry
+    return found
+
+
+def names(kind: Kind) -> list[str]:
+    """Return the names known without a path, sorted; modules without a class of this kind are left out."""
+    return sorted(name for name in _available(kind) if _has_class(kind, name))
+
+
+def _has_class(kind: Kind, name: str) -> bool:
+    entry = _available(kind)[name]
+    if isinstance(entry, EntryPoint):
+        return True
+    # A module that only holds a parametrised base (streams/codedocs.py) is not content by itself.
+    return any(_is_content(cls, kind) for cls in _own_classes(importlib.import_module(entry), BASE_CLASSES[kind]))
+
+
+def _is_content(cls: type, kind: Kind) -> bool:
+    return kind != "streams" or bool(getattr(cls, "name", ""))
+
+
+def load_class(kind: Kind, target: str) -> Any:
+    """Return the class behind a name, a file path or ``module:Class``.
+
+    Raises:
+        NotFoundError: nothing is called so; near misses are suggested.
+        ConfigError: the module holds no class of this kind, or several.
+    """
+    base = BASE_CLASSES[kind]
+    module_name, _, class_name = target.partition(":")
+    if module_name.endswith(".py") or "/" in module_name:
+        module = _import_file(Path(module_name).expanduser())
+        return _pick(module, base, class_name, name=canonical(Path(module_name).stem))
+    if class_name:
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise NotFoundError(f"no module {error.name!r}", where=target, mend="install it or mend the name") from None
+        return _pick(module, base, class_name, name=canonical(module_name.rpartition(".")[2]))
+    name = canonical(target)
+    entry = _available(kind).get(name)
+    if entry is None:
+        raise NotFoundError(f"unknown {kind.rstrip('s')} {target!r}", mend=did_you_mean(name, names(kind)))
+    if isinstance(entry, EntryPoint):
+        loaded = entry.load()
+        return loaded if isinstance(loaded, type) else _pick(loaded, base, "", name=name)
+    return _pick(importlib.import_module(entry), base, "", name=name)
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise NotFoundError("file is missing", where=path, mend="give the path of a Python file")
+    name = f"clbench_file_{path.stem}_{sha256_bytes(str(path.resolve()).encode())[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ConfigError(f"cannot be imported: {type(error).__name__}: {error}", where=path) from error
+    return module
+
+
+def _own_classes(module: ModuleType, base: type) -> list[type]:
+    return [
+        value
+        for name, value in vars(module).items()
+        if isinstance(value, type)
+        and issubclass(value, base)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+    ]
+
+
+def _pick(module: ModuleType, base: type, class_name: str, *, name: str) -> type:
+    classes = _own_classes(module, base)
+    if class_name:
+        classes = [cls for cls in classes if cls.__name__ == class_name]
+    if len(classes) != 1:
+        found = ", ".join(cls.__name__ for cls in classes) or "none"
+        raise ConfigError(
+            f"expected one {base.__name__} class{' called ' + class_name if class_name else ''}, found: {found}",
+            where=module.__file__,
+            mend="name it as FILE.py:Class",
+        )
+    cls = classes[0]
+    if not getattr(cls, "name", ""):
+        cls.name = name  # type: ignore[attr-defined]
+    return cls
+
+
+@dataclass(frozen=True)
+class Component:
+    """One resolved part of a method: where it was found, and its options in full."""
+
+    name: str
+    target: str
+    method: Method
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON-able form that stands in ``run.yaml``."""
+        values = {key: getattr(self.method.options, key) for key in option_fields(type(self.method))}
+        return {"name": self.name, "target": self.target, "options": values}
+
+
+def make_method(spec: str) -> Component:
+    """Build one method from ``NAME``, or ``NAME:option=value,option=value``.
+
+    Raises:
+        NotFoundError: unknown name.
+        ConfigError: unknown option, or a value of the wrong type.
+    """
+    match = SPEC.fullmatch(spec)
+    if match is None:
+        raise ConfigError(f"method {spec!r} cannot be read", mend="write NAME or NAME:option=value,option=value")
+    target = match["target"]
+    given = {}
+    for pair in (match["options"] or "").split(",") if match["options"] else []:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"option {pair!r} has no value", where=spec, mend="write option=value")
+        given[key.strip()] = value.strip()
+    return build_component(target, given)
+
+
+def build_component(target: str, given: dict[str, Any]) -> Component:
+    """Build one method from its target and options, as ``run.yaml`` holds them."""
+    cls = load_class("methods", target)
+    known = option_fields(cls)
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"method {cls.name!r} has no option {key!r}", mend=did_you_mean(key, known))
+    try:
+        options = TypeAdapter(cls.Options).validate_python(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"option {where}: {first['msg']}", where=target, mend="see `clbench list methods`") from None
+    return Component(name=cls.name, target=target, method=cls(options))
+
+
+def label_of(components: Sequence[Component]) -> str:
+    """Return the readable name of a composed method: names with the options that differ from their defaults."""
+    labels = []
+    for component in components:
+        defaults = option_fields(type(component.method))
+        changed = [
+            f"{key}={getattr(component.method.options, key)}"
+            for key, default in defaults.items()
+            if getattr(component.method.options, key) != default
+        ]
+        labels.append(component.name + (":" + ",".join(changed) if changed else ""))
+    return "+".join(labels)
+
+
+def make_stream_source(name: str) -> StreamSource:
+    """Return a stream source by name, file path or ``module:Class``."""
+    source: StreamSource = load_class("streams", name)()
+    return source
+
+
+def make_suite(name: str, stream: Any) -> Suite:
+    """Return a suite by name, file path or ``module:Class``, with its default options."""
+    suite: Suite = load_class("suites", name)(stream)
+    return suite
+
+
+def tool(module: str) -> ModuleType:
+    """Return a module of ``clbench.leaderboard`` that a command needs (site, report, submission)."""
+    return importlib.import_module(f"clbench.leaderboard.{module}")
+
+
+def tracks_folder() -> Path:
+    """Return the folder of the built-in tracks."""
+    package = importlib.import_module("clbench.leaderboard")
+    return Path(str(next(iter(package.__path__)))) / "tracks"
+
+
+def track_names() -> list[str]:
+    """Return the names of the built-in tracks."""
+    return sorted(path.stem for path in tracks_folder().glob("*.yaml"))
+
+
+def track_path(name: str) -> Path:
+    """Return the file of a track given by name or path."""
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise NotFoundError("track file is missing", where=path)
+        return path
+    path = tracks_folder() / f"{canonical(name)}.yaml"
+    if not path.is_file():
+        raise NotFoundError(f"unknown track {name!r}", mend=did_you_mean(canonical(name), track_names()))
+    return path
+
+
+def load_track(name: str) -> Track:
+    """Return a track by name, or from a YAML file.
+
+    Raises:
+        NotFoundError: unknown name or missing file.
+        ConfigError: the file does not describe a track; the first problem is named.
+    """
+    path = track_path(name)
+    try:
+        return Track.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {error}".replace("\n", " "), where=path) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise ConfigError(f"{where}: {first['msg']}", where=path, mend="see docs/tracks.md") from None

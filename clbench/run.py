@@ -1,0 +1,497 @@
+"""A run: one (track, method, seed), from its base through every stage to a complete matrix in its folder.
+
+Also for checkpoints that were trained elsewhere: the same folder, the same matrix, no training.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import clbench
+from clbench import cells, console, registry
+from clbench.base import Base, open_base, open_stream
+from clbench.errors import ClbenchError, ConfigError, IntegrityError, NotFoundError
+from clbench.files import exclusive, remove_leftovers
+from clbench.method import Composed, Stage, Weights
+from clbench.registry import Component, label_of
+from clbench.results.matrix import from_rows
+from clbench.results.store import RunStore, StageRecord
+from clbench.stream import Stream
+from clbench.suite import Checkpoint, Suite
+from clbench.track import RunConfig, Track, run_id_of
+from clbench.train.ledger import Ledger
+from clbench.train.loop import Job, train
+from clbench.train.models import (
+    check_checkpoint,
+    holding,
+    load_model,
+    n_parameters,
+    save_model,
+    weights_of,
+    weights_sha256,
+)
+from clbench.train.parallel import Hardware, choose_precision, describe, find_device
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Sink = Callable[[RunStore], object]
+"""Called after every complete matrix row; must not raise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where and how a run happens; nothing here changes its numbers except the device."""
+
+    runs_root: Path = Path("runs")
+    device: str = "auto"
+    sinks: tuple[Sink, ...] = ()
+    checkpoint_seconds: float = 60.0
+    command: str = ""
+
+
+def slug(text: str) -> str:
+    """Return a folder name for a label."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def run_folder(runs_root: Path, track: Track, label: str, seed: int) -> Path:
+    """Return the default folder of a run."""
+    return runs_root / track.name / slug(label) / f"seed-{seed}"
+
+
+def hardware_for(track: Track, stream: Stream, device: str) -> Hardware:
+    """Return device and precision for a track on this machine."""
+    found = find_device(device)
+    return Hardware(found, choose_precision(found, track.model, track.training, stream.vocab_size))
+
+
+def execute(track: Track, components: Sequence[Component], *, seed: int, place: Place) -> RunStore:
+    """Run a method on a track, or go on with a run that was stopped.
+
+    Raises:
+        NotFoundError: stream or base were not prepared.
+        ConfigError: the folder holds another run.
+        BusyError: another process works on this run.
+        NonFiniteError: training diverged.
+    """
+    stream = open_stream(track)
+    hardware = hardware_for(track, stream, place.device)
+    base = open_base(track, stream, hardware)
+    for suite_name in track.suites:
+        registry.load_class("suites", suite_name)
+    composed = Composed([component.method for component in components])
+    for stage in plan_stages(track, stream)[:1]:
+        composed.plan(stage)  # components that cannot be composed are refused before anything is written
+    label = label_of(components)
+    folder = run_folder(place.runs_root, track, label, seed)
+    with exclusive(folder, mend="wait for it, or give another folder with --out"):
+        method = {"label": label, "components": [component.as_dict() for component in components]}
+        store = start(folder, resolve(track, stream, method, seed, base.facts, hardware, place))
+        with reporting_failure(store):
+            _train_and_measure(track, composed, seed, place, stream, hardware, base, store)
+    return store
+
+
+def _train_and_measure(
+    track: Track,
+    method: Composed,
+    seed: int,
+    place: Place,
+    stream: Stream,
+    hardware: Hardware,
+    base: Base,
+    store: RunStore,
+) -> None:
+    model = base.load().to(hardware.device)
+    suites = [registry.make_suite(name, stream) for name in track.suites]
+    title = f"{track.name} · {store.config()['method']['label']} · seed {seed}"
+    recorder = Recorder(store, suites, model, stream, hardware, place.sinks)
+    stages = plan_stages(track, stream)
+    bill = Ledger.from_dict(store.ledger()) if store.ledger() else Ledger()
+    recorder.mend_rows(bill)
+    if store.stages_done() != [0, *(stage.index for stage in stages)]:
+        recorder.record(0, base.weights_sha256, 0, bill)
+        check_row_zero(track, store, track.suites[0])
+        with console.training_bar(title) as bar:
+            bill = train(
+                Job(
+                    store=store,
+                    stream=stream,
+                    model=model,
+                    method=method,
+                    stages=stages,
+                    training=track.training,
+                    seed=seed,
+                    hardware=hardware,
+                    finish_stage=recorder.finish_stage,
+                    progress=bar,
+                    warn=console.warn,
+                    checkpoint_seconds=place.checkpoint_seconds,
+                )
+            )
+        store.write_ledger(bill.as_dict())
+    store.write_status("done", finished=store.stage_record(store.stages_done()[-1])["finished"])
+    for sink in place.sinks:
+        sink(store)
+
+
+def plan_stages(track: Track, stream: Stream) -> list[Stage]:
+    """Return what methods are told about each trained stage (all but stage 0)."""
+    infos = stream.stages()
+    available = [stream.counts("train", info.index)["n_tokens"] for info in infos]
+    return [
+        Stage(
+            index=info.index,
+            n_stages=len(infos),
+            n_tokens=track.training.n_tokens_per_stage,
+            available_tokens=tuple(available[: info.index + 1]),
+            learning_rate=track.training.learning_rate,
+            warmup_steps=track.training.warmup_steps,
+            floor=track.training.floor,
+        )
+        for info in infos[1:]
+    ]
+
+
+def resolve(
+    track: Track,
+    stream: Stream,
+    method: dict[str, Any],
+    seed: int,
+    base: Mapping[str, Any],
+    hardware: Hardware,
+    place: Place,
+) -> RunConfig:
+    """Return the full configuration of a run."""
+    frozen = {**track.as_dict(), "stream_sha256": stream.sha256}
+    short_base = {key: base[key] for key in ("weights_sha256", "n_parameters")}
+    return RunConfig(
+        run_id=run_id_of(frozen, method, seed, short_base, hardware.precision),
+        track=frozen,
+        stages=[vars(info) for info in stream.stages()],
+        method=method,
+        seed=seed,
+        base=short_base,
+        training={**track.training.model_dump(mode="json"), "precision": hardware.precision},
+        environment=environment(hardware),
+        created=now(),
+        command=place.command or shlex.join(["clbench", *sys.argv[1:]]),
+    )
+
+
+def environment(hardware: Hardware) -> dict[str, Any]:
+    """Return what the run computes on; equal bits are promised only where this is equal."""
+    import transformers
+
+    return {
+        "clbench": clbench.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "device": describe(hardware.device),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "n_threads": torch.get_num_threads(),
+        "n_cores": os.cpu_count(),
+        "precision": hardware.precision,
+    }
+
+
+def start(folder: Path, config: RunConfig) -> RunStore:
+    """Open a run folder for a configuration: a new one, or one that holds the same run.
+
+    Raises:
+        ConfigError: the folder holds a run of another configuration; what differs is named.
+    """
+    store = RunStore(folder)
+    remove_leftovers(folder)
+    for part in ("stages", "rows", "checkpoints", "release"):
+        remove_leftovers(folder / part)
+    if not (folder / "run.yaml").is_file():
+        store.write_config(config.model_dump(mode="json"))
+    else:
+        there = store.config()
+        if there.get("run_id") != config.run_id:
+            raise ConfigError(
+                f"this folder holds another run: {differences(there, config.model_dump(mode='json'))}",
+                where=folder,
+                mend="give another folder with --out, or delete this one",
+            )
+        threads = there["environment"]["n_threads"], config.environment["n_threads"]
+        if threads[0] != threads[1]:
+            console.warn(
+                f"the run began with {threads[0]} threads and goes on with {threads[1]}: "
+                "the last bits of its results may differ"
+            )
+    store.write_status("running", since=now(), pid=os.getpid())
+    return store
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """Name what differs between two configurations, for the error message."""
+    parts: dict[str, Callable[[dict[str, Any]], object]] = {
+        "track": lambda c: c["track"]["sha256"][:12],
+        "stream": lambda c: c["track"]["stream_sha256"][:12],
+        "method": lambda c: c["method"]["label"],
+        "method options": lambda c: str([part["options"] for part in c["method"]["components"]]),
+        "seed": lambda c: c["seed"],
+        "base": lambda c: c["base"]["weights_sha256"][:12],
+        "precision": lambda c: c["environment"]["precision"],
+    }
+    found = []
+    for name, part in parts.items():
+        try:
+            old, new = part(there), part(here)
+        except (KeyError, TypeError):
+            return "its run.yaml is of another format"
+        if old != new:
+            found.append(f"{name} {old} there, {new} now")
+    return "; ".join(found) or "its format differs"
+
+
+@contextmanager
+def reporting_failure(store: RunStore) -> Iterator[None]:
+    """Write why a run stopped into its status, when the disk lets us."""
+    try:
+        yield
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        why = str(error) if isinstance(error, ClbenchError) else f"{type(error).__name__}: {error}"
+        with suppress(ClbenchError, OSError):  # a full disk must not hide what was raised
+            store.write_status("stopped" if stopped else "failed", error="interrupted" if stopped else why, since=now())
+        raise
+
+
+@dataclass
+class Recorder:
+    """Measures release weights and writes complete matrix rows."""
+
+    store: RunStore
+    suites: Sequence[Suite]
+    model: torch.nn.Module
+    stream: Stream
+    hardware: Hardware
+    sinks: tuple[Sink, ...] = ()
+
+    def finish_stage(self, stage: Stage, released: Weights, n_steps: int, ledger: Ledger) -> None:
+        """Measure the release weights of a stage, save them, and declare the row complete.
+
+        A row that is there already is kept, unless other weights stand behind it (a run that lost its checkpoints and
+        trained anew on another number of threads).
+        """
+        done = stage.index in self.store.stages_done()
+        with holding(self.model, released):
+            digest = weights_sha256(self.model)
+            fresh = not done or self.store.stage_record(stage.index)["weights_sha256"] != digest
+            if fresh:
+                save_model(
+                    self.model,
+                    weights_of(self.model),
+                    self._release_folder(stage.index),
+                    tokenizer_folder=self.stream.tokenizer_folder,
+                )
+            self.record(stage.index, digest, n_steps, ledger, again=fresh)
+
+    def mend_rows(self, ledger: Ledger) -> None:
+        """Measure rows again that were lost or damaged, from the release weights in the run folder.
+
+        Raises:
+            NotFoundError, IntegrityError: the release weights are lost or damaged, too.
+        """
+        for stage in self.store.stages_done():
+            try:
+                for suite in self.suites:
+                    self.store.rows(suite.name, stage)
+            except (NotFoundError, IntegrityError) as error:
+                console.warn(f"{error.what} ({error.where}); measuring stage {stage} again")
+                there = self.store.stage_record(stage)
+                released = load_model(self._release_folder(stage)) if stage else self.model
+                with holding(self.model, weights_of(released)):
+                    if weights_sha256(self.model) != there["weights_sha256"]:
+                        raise IntegrityError(
+                            "release weights are not those that were measured",
+                            where=self._release_folder(stage),
+                            mend="delete the run folder and run again",
+                        ) from None
+                    self.record(stage, there["weights_sha256"], there["n_steps"], ledger, again=True)
+
+    def _release_folder(self, stage: int) -> Path:
+        return self.store.folder / "release" / f"stage-{stage:02d}"
+
+    def record(
+        self,
+        stage: int,
+        digest: str,
+        n_steps: int,
+        ledger: Ledger,
+        *,
+        tokenizer: Any = None,
+        tokenizer_sha256: str = "",
+        again: bool = False,
+    ) -> None:
+        """Measure the model as it is and write row ``stage``; nothing is measured twice, unless ``again``."""
+        if again or stage not in self.store.stages_done():
+            checkpoint = Checkpoint(
+                model=self.model,
+                weights_sha256=digest,
+                device=self.hardware.device,
+                autocast_dtype=None,
+                tokenizer=tokenizer,
+                tokenizer_sha256=tokenizer_sha256,
+            )
+            addresses, cost = {}, {"flops": 0.0, "seconds": 0.0}
+            for suite in self.suites:
+                cell = cells.measure(suite, checkpoint)
+                self.store.write_rows(suite.name, stage, cell.rows)
+                addresses[suite.name] = cell.address
+                cost = {"flops": cost["flops"] + cell.flops, "seconds": cost["seconds"] + cell.seconds}
+            self.store.write_stage_record(
+                StageRecord(
+                    stage=stage,
+                    weights_sha256=digest,
+                    cells=addresses,
+                    finished=now(),
+                    n_steps=n_steps,
+                    evaluation=cost,
+                )
+            )
+        self._bill(stage, ledger)
+        for sink in self.sinks:
+            sink(self.store)
+
+    def record_outside(self, stage: int, tokenizer: Any, tokenizer_sha256: str) -> None:
+        """Measure a checkpoint that was trained elsewhere.
+
+        Raises:
+            ConfigError: this row was measured with other weights.
+        """
+        digest = weights_sha256(self.model)
+        if stage in self.store.stages_done() and self.store.stage_record(stage)["weights_sha256"] != digest:
+            raise ConfigError(
+                f"stage {stage} of this folder was measured with other weights",
+                where=self.store.folder,
+                mend="give another folder with --out",
+            )
+        self.record(stage, digest, 0, Ledger(), tokenizer=tokenizer, tokenizer_sha256=tokenizer_sha256)
+
+    def _bill(self, stage: int, ledger: Ledger) -> None:
+        for done in self.store.stages_done():
+            cost = self.store.stage_record(done).get("evaluation")
+            if cost is not None and done <= stage:
+                ledger.evaluations[done] = cost
+        ledger.note_memory(self.hardware.memory_bytes())
+        self.store.write_ledger(ledger.as_dict())
+
+
+def check_row_zero(track: Track, store: RunStore, suite: str) -> None:
+    """Say so when the base's losses lie outside the track's tolerance: such runs are not comparable."""
+    if track.row0 is None or suite != "heldout":
+        return
+    if len(track.row0.nats_per_token) != len(store.config()["stages"]):
+        raise ConfigError(
+            f"row0 has {len(track.row0.nats_per_token)} losses, the stream {len(store.config()['stages'])} stages",
+            where=f"track {track.name}",
+            mend="make it again with `clbench oracle --write`",
+        )
+    row = from_rows({0: store.rows(suite, 0)}, unit="nats_per_token").values[0]
+    gap = max(abs(a - b) for a, b in zip(row.tolist(), track.row0.nats_per_token, strict=True))
+    if not gap <= track.row0.tolerance_nats:
+        console.warn(
+            f"the base's losses lie up to {gap:.3f} nats per token from the track's row 0, more than its tolerance "
+            f"{track.row0.tolerance_nats}: a submission of this run would be refused"
+        )
+
+
+def measure_checkpoints(
+    track: Track, checkpoints: Mapping[int, str], *, label: str, out: Path, place: Place
+) -> RunStore:
+    """Measure checkpoints that were trained elsewhere on a track's suites and give them a matrix like any run.
+
+    Args:
+        track: whose stream and suites are used; its base is not needed.
+        checkpoints: stage -> folder or hub id; stage 0 is the checkpoint before any of the stream's later text.
+        label: how they are called in tables.
+        out: run folder.
+        place: device and sinks.
+
+    Raises:
+        ConfigError: no checkpoint, or a stage that the stream does not have.
+        NotFoundError, IntegrityError: a checkpoint is missing or damaged.
+    """
+    stream = open_stream(track)
+    infos = stream.stages()
+    wrong = [k for k in checkpoints if not 0 <= k < len(infos)]
+    if wrong or not checkpoints:
+        raise ConfigError(
+            f"stage {wrong[0]} is not in the stream" if wrong else "no checkpoint was given",
+            where=stream.name,
+            mend=f"give K=PATH with K from 0 to {len(infos) - 1}",
+        )
+    device = find_device(place.device)
+    hardware = Hardware(device, "fp32")
+    tokenizers = {}
+    for stage, path in sorted(checkpoints.items()):  # all of them before the first is measured
+        check_checkpoint(path)
+        tokenizers[stage] = outside_tokenizer(path, stream)
+    with exclusive(out, mend="wait for it, or give another folder with --out"):
+        first = load_model(checkpoints[min(checkpoints)])
+        paths = {str(stage): path for stage, path in sorted(checkpoints.items())}
+        components = [{"name": "checkpoints", "target": "", "options": {"paths": paths}}]
+        facts = {"weights_sha256": weights_sha256(first), "n_parameters": n_parameters(first)}
+        method = {"label": label, "components": components}
+        store = start(out, resolve(track, stream, method, 0, facts, hardware, place))
+        with reporting_failure(store):
+            for stage, path in sorted(checkpoints.items()):
+                console.say(f"stage {stage}: {path}")
+                model = (first if stage == min(checkpoints) else load_model(path)).to(device).eval()
+                suites = [registry.make_suite(name, stream) for name in track.suites]
+                recorder = Recorder(store, suites, model, stream, hardware, place.sinks)
+                recorder.record_outside(stage, *tokenizers[stage])
+            store.write_status("done", finished=now())
+        for sink in place.sinks:
+            sink(store)
+    return store
+
+
+def outside_tokenizer(path: str, stream: Stream) -> tuple[Any, str]:
+    """Return (tokenizer, digest) of a checkpoint; (None, "") when it is the stream's own.
+
+    Raises:
+        ConfigError: the checkpoint has no tokenizer that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    from clbench.files import digest_of, sha256_file
+
+    own = stream.tokenizer_folder / "tokenizer.json"
+    theirs = Path(path) / "tokenizer.json"
+    if theirs.is_file() and sha256_file(theirs) == sha256_file(own):
+        return None, ""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=Path(path).is_dir(), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no tokenizer beside this checkpoint: {str(error).splitlines()[0]}",
+            where=path,
+            mend="save it there with tokenizer.save_pretrained",
+        ) from None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return tokenizer, digest_of(backend.to_str() if backend is not None else tokenizer.get_vocab())
+
+
+def now() -> str:
+    """Return the time, UTC ISO-8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,161 @@
+"""Tracks and run configurations: one YAML, no layers.
+
+A track is a frozen protocol. Its digest covers what decides the numbers; what is derived from it (oracle, row 0)
+and what describes it do not change it. A run configuration is a track, a method and a seed, fully resolved.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from clbench.files import digest_of
+
+RUN_FORMAT = 1
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSpec(_Frozen):
+    """A Llama-type decoder, initialised at random for the base of a track."""
+
+    architecture: Literal["llama"] = "llama"
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    n_layers: int = Field(gt=0)
+    n_heads: int = Field(gt=0)
+    max_length: int = Field(gt=1)
+    """Positions; held-out documents are read in windows of this length."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelSpec:
+        if self.hidden_size % self.n_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of n_heads {self.n_heads}")
+        return self
+
+
+class BaseSpec(_Frozen):
+    """How the base is made from stage 0."""
+
+    n_tokens: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(ge=0)
+    seed: int = 0
+
+
+class TrainingSpec(_Frozen):
+    """How every stage is trained, unless the method's plan says otherwise."""
+
+    n_tokens_per_stage: int = Field(gt=0)
+    """Target tokens, exactly, whatever the mixture."""
+    sequence_length: int = Field(gt=1)
+    batch_rows: int = Field(gt=0)
+    """Sequences per optimizer step."""
+    micro_batch_rows: int | None = None
+    """Sequences per forward pass; None means the whole batch. Changes memory, not the gradient beyond rounding."""
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(ge=0)
+    floor: float = Field(default=0.1, ge=0, le=1)
+    """Final learning rate as a share of the peak."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float = Field(default=1.0, gt=0)
+    optimizer: Literal["reset", "carry"] = "reset"
+    """Adam's moments at a stage's start. reset: TiC-LM."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast where it was measured to be faster on this machine."""
+
+
+class OracleLosses(_Frozen):
+    """Losses of joint training from scratch at the run's token count, frozen so that nobody trains it again."""
+
+    n_tokens: int
+    seeds: list[int]
+    nats_per_token: list[float]
+    """Per stage, mean over seeds."""
+    bits_per_byte: list[float]
+    command: str
+    date: str
+
+
+class RowZero(_Frozen):
+    """Losses of the base, as measured when the track was frozen, and how far another machine's may lie."""
+
+    nats_per_token: list[float]
+    bits_per_byte: list[float]
+    tolerance_nats: float = Field(gt=0)
+
+
+class Track(_Frozen):
+    """A frozen protocol."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")
+    version: int = 1
+    description: str = ""
+    stream: str
+    stream_sha256: str | None = None
+    """Digest of the built stream; None while a track is being designed."""
+    model: ModelSpec
+    base: BaseSpec
+    training: TrainingSpec
+    suites: list[str] = Field(default=["heldout"], min_length=1)
+    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    """A leaderboard entry has exactly these."""
+    oracle: OracleLosses | None = None
+    row0: RowZero | None = None
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Track:
+        if self.training.sequence_length > self.model.max_length:
+            raise ValueError("training.sequence_length is larger than model.max_length")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds are repeated")
+        return self
+
+    def sha256(self) -> str:
+        """Return the digest of the protocol, without description, oracle and row 0."""
+        return digest_of(self.model_dump(mode="json", exclude={"description", "oracle", "row0"}))
+
+    def base_sha256(self) -> str:
+        """Return the digest of what decides the base: stream, model, base recipe, and the optimizer's settings."""
+        training = self.training.model_dump(mode="json", exclude={"n_tokens_per_stage", "optimizer"})
+        parts = self.model_dump(mode="json", include={"stream", "stream_sha256", "model", "base"})
+        return digest_of({"training": training, **parts})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON-able form that stands in ``run.yaml``, with its digest."""
+        return {**self.model_dump(mode="json"), "sha256": self.sha256()}
+
+
+class RunConfig(_Frozen):
+    """What stands in ``run.yaml``: everything that decides a run, and what it ran on."""
+
+    format: int = RUN_FORMAT
+    run_id: str
+    """Digest of track, method, seed and base."""
+    track: dict[str, Any]
+    stages: list[dict[str, Any]]
+    method: dict[str, Any]
+    seed: int
+    base: dict[str, Any]
+    training: dict[str, Any]
+    """The resolved settings: the track's, with the precision that was chosen."""
+    environment: dict[str, Any]
+    created: str
+    command: str
+
+
+def run_id_of(track: dict[str, Any], method: dict[str, Any], seed: int, base: dict[str, Any], precision: str) -> str:
+    """Return the identity of a run: equal ids are the same run, to be resumed; others must not share a folder."""
+    parts = {
+        "track": track["sha256"],
+        "components": method["components"],
+        "seed": seed,
+        "base": base["weights_sha256"],
+        "precision": precision,
+    }
+    return digest_of(parts)[:16]

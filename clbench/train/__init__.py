@@ -1,0 +1,1 @@
+"""The training engine: the loop, its data, its checkpoints and its bill."""

@@ -1,0 +1,94 @@
+"""The bill of a run: tokens by source stage, FLOPs by purpose, seconds, peak memory, bytes kept.
+
+Two methods at the same token count can differ several times in work; nothing a method does beyond the ordinary step
+is free. Counts are exact and survive a resume; seconds and memory are measured.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def forward_flops(*, n_matmul_parameters: int, n_layers: int, width: int, n_tokens: int, length: int) -> float:
+    """Return the FLOPs of one forward pass: ``tokens (2 N + 2 layers length width)``.
+
+    N counts the weights of matrix products, the output head included, the embedding look-up not. A causal token
+    attends to length/2 others on average, at 2 multiply-adds (scores and values) of ``width`` each. A backward pass
+    costs twice as much (Kaplan et al. 2020, section 2.1; attention added).
+    """
+    return float(n_tokens) * (2.0 * n_matmul_parameters + 2.0 * n_layers * length * width)
+
+
+@dataclass
+class Ledger:
+    """The running bill; ``as_dict`` is what stands in ``ledger.json``."""
+
+    tokens: dict[int, dict[int, int]] = field(default_factory=dict)
+    """Trained stage -> source stage -> target tokens."""
+    extra_tokens: dict[str, int] = field(default_factory=dict)
+    """Purpose -> tokens seen outside the ordinary step."""
+    flops: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Matrix row -> flops and seconds of measuring it; flops are those of a fresh measurement, cached or not."""
+    peak_memory_bytes: int = 0
+    stored_bytes: dict[str, int] = field(default_factory=dict)
+
+    def bill_tokens(self, stage: int, by_source: dict[int, int]) -> None:
+        """Add the target tokens of one batch."""
+        row = self.tokens.setdefault(stage, {})
+        for source, n in by_source.items():
+            row[source] = row.get(source, 0) + n
+
+    def bill_flops(self, purpose: str, flops: float, n_tokens: int = 0) -> None:
+        """Add work under a purpose; tokens only for work outside the ordinary step."""
+        self.flops[purpose] = self.flops.get(purpose, 0.0) + flops
+        if n_tokens:
+            self.extra_tokens[purpose] = self.extra_tokens.get(purpose, 0) + n_tokens
+
+    @contextmanager
+    def timed(self, purpose: str) -> Iterator[None]:
+        """Add the wall-clock seconds of a block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[purpose] = self.seconds.get(purpose, 0.0) + time.perf_counter() - start
+
+    def note_memory(self, accelerator_bytes: int = 0) -> None:
+        """Raise the peak to this process's resident memory, or to the accelerator's allocation where there is one."""
+        unit = 1 if sys.platform == "darwin" else 1024
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        self.peak_memory_bytes = max(self.peak_memory_bytes, accelerator_bytes or resident)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the bill with JSON keys; evaluation is summed into ``flops`` and ``seconds``."""
+        evaluated = {part: sum(cost[part] for cost in self.evaluations.values()) for part in ("flops", "seconds")}
+        return {
+            "tokens": {str(k): {str(s): n for s, n in sorted(row.items())} for k, row in sorted(self.tokens.items())},
+            "extra_tokens": dict(sorted(self.extra_tokens.items())),
+            "flops": {**dict(sorted(self.flops.items())), "evaluate": evaluated["flops"]},
+            "seconds": {**dict(sorted(self.seconds.items())), "evaluate": evaluated["seconds"]},
+            "evaluations": {str(k): cost for k, cost in sorted(self.evaluations.items())},
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "stored_bytes": dict(sorted(self.stored_bytes.items())),
+        }
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Ledger:
+        """Return the bill that ``as_dict`` wrote."""
+        return cls(
+            tokens={int(k): {int(s): n for s, n in row.items()} for k, row in value["tokens"].items()},
+            extra_tokens=dict(value["extra_tokens"]),
+            flops={k: v for k, v in value["flops"].items() if k != "evaluate"},
+            seconds={k: v for k, v in value["seconds"].items() if k != "evaluate"},
+            evaluations={int(k): dict(cost) for k, cost in value["evaluations"].items()},
+            peak_memory_bytes=value["peak_memory_bytes"],
+            stored_bytes=dict(value["stored_bytes"]),
+        )

@@ -1,0 +1,1 @@
+"""Measurement suites, one file each; the file name is the suite name."""
