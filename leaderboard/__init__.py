@@ -1,0 +1,1 @@
+"""Tracks, submissions, their verification, and the builders of the static pages."""
