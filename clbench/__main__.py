@@ -1,0 +1,5 @@
+"""``python -m clbench`` is ``clbench``."""
+
+from clbench.cli import main
+
+main()

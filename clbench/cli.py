@@ -1,0 +1,416 @@
+"""The command line: thin, and quick to start. Heavy imports live inside the commands.
+
+Exit codes: 0 done, 2 a mistake that the user can mend (one line says how), 130 interrupted; anything else is our bug.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clbench import __version__
+from clbench.errors import ClbenchError, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from clbench.results.store import RunStore
+    from clbench.run import Place, Sink
+
+app = typer.Typer(
+    help="Continual pretraining of language models, measured.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+leaderboard_app = typer.Typer(help="Build the leaderboard page, pack and verify submissions.", no_args_is_help=True)
+mlflow_app = typer.Typer(help="Rebuild what MLflow shows from run folders.", no_args_is_help=True)
+app.add_typer(leaderboard_app, name="leaderboard")
+app.add_typer(mlflow_app, name="mlflow")
+
+UsageError: Any = typer.BadParameter.__base__  # click's; newer typers bring a click of their own
+NANO = "codedocs-nano"
+TrackOption = Annotated[
+    str, typer.Option("--track", "-t", help="Track: a name (`clbench list tracks`) or a YAML file.")
+]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder of all runs.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+MlflowOption = Annotated[str, typer.Option(help="none, sqlite (a file beside the runs) or a tracking URI.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines on stdout.")]
+RunsArgument = Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold runs.", show_default=False)]
+
+
+def main() -> None:
+    """Run the command line; a ClbenchError becomes one line and exit code 2."""
+    # Set before anything imports these libraries: nothing leaves this machine, and no bar of theirs mixes with ours.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        code = app(prog_name="clbench", standalone_mode=False)
+    except ClbenchError as error:
+        print_error(str(error))
+        code = 2
+    except UsageError as error:
+        code = 2
+        if "\n" in error.format_message():  # a command without arguments: the message is its help
+            error.show()
+        else:
+            print_error(usage_line(error))
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:
+        print_error("interrupted; the same command goes on from the last checkpoint")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def usage_line(error: UsageError) -> str:
+    """Return what was wrong with the arguments, and where their help is."""
+    command = error.ctx.command_path if error.ctx is not None else "clbench"
+    return f"{error.format_message().rstrip('.')}; see `{command} --help`"
+
+
+def print_error(text: str) -> None:
+    """Print one error line on stderr."""
+    typer.secho(f"error: {' '.join(text.split())}", fg="red", err=True)
+
+
+def print_json(value: Any) -> None:
+    """Print JSON on stdout."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"clbench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Continual pretraining of language models, measured."""
+
+
+@app.command()
+def prepare(
+    targets: Annotated[
+        list[str] | None, typer.Argument(help="Tracks (stream and base) or streams.", show_default=NANO)
+    ] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch, build and train what a track needs: the only command that uses the network."""
+    from clbench import prepare as preparing
+
+    made = [preparing.prepare(target, device=device) for target in targets or [NANO]]
+    if as_json:
+        print_json(made)
+
+
+@app.command()
+def run(
+    method: Annotated[
+        list[str],
+        typer.Option(
+            "--method",
+            "-m",
+            help="NAME or NAME:option=value,option=value; several compose.",
+            show_default=False,
+        ),
+    ],
+    track: TrackOption = NANO,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds; several run in turn.", show_default="0")] = None,
+    all_seeds: Annotated[bool, typer.Option(help="Run every seed of the track, as a submission needs.")] = False,
+    out: OutOption = Path("runs"),
+    device: DeviceOption = "auto",
+    mlflow: MlflowOption = "sqlite",
+    checkpoint_seconds: Annotated[float, typer.Option(help="Seconds between resume states.")] = 60.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a method through a track and measure every stage; run it again to go on after a kill."""
+    from clbench import registry
+    from clbench import run as running
+
+    loaded = registry.load_track(track)
+    stores = []
+    for one in loaded.seeds if all_seeds else seed or [0]:
+        components = [registry.make_method(spec) for spec in method]
+        place = _place(out, device, mlflow, checkpoint_seconds=checkpoint_seconds)
+        stores.append(running.execute(loaded, components, seed=one, place=place))
+    _show(stores, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    pairs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[K=CHECKPOINT]...", help="More checkpoints.", show_default=False),
+    ] = None,
+    checkpoints: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="K=CHECKPOINT K=CHECKPOINT …: your model after stage K, a folder or a hub id.",
+            show_default=False,
+        ),
+    ] = None,
+    track: TrackOption = NANO,
+    name: Annotated[str, typer.Option(help="What these checkpoints are called in tables.")] = "my-checkpoints",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Run folder.", show_default="runs/TRACK/NAME/seed-0")
+    ] = None,
+    device: DeviceOption = "auto",
+    mlflow: MlflowOption = "none",
+    as_json: JsonOption = False,
+) -> None:
+    """Give checkpoints that were trained elsewhere a matrix like any run's.
+
+    Example: clbench evaluate --checkpoints 0=ckpt/base 1=ckpt/2012 2=ckpt/2016
+    """
+    from clbench import registry
+    from clbench import run as running
+
+    loaded = registry.load_track(track)
+    folder = out or Path("runs") / loaded.name / running.slug(name) / "seed-0"
+    place = _place(folder.parent, device, mlflow)
+    given = _checkpoint_pairs([*(checkpoints or []), *(pairs or [])])
+    store = running.measure_checkpoints(loaded, given, label=name, out=folder, place=place)
+    _show([store], as_json=as_json)
+
+
+@app.command()
+def oracle(
+    track: Annotated[str, typer.Argument(help="Track: a name or a YAML file.")] = NANO,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds; their losses are averaged.", show_default="0")] = None,
+    write: Annotated[
+        bool, typer.Option(help="Write oracle, row 0 and the stream's digest into the track's file.")
+    ] = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train the oracle of a track (joint, from scratch, token-matched) and show or freeze its losses per period."""
+    from clbench import oracle as oracles
+
+    frozen = oracles.train_oracle(track, seeds=seed or [0], device=device, write=write)
+    if as_json:
+        print_json(frozen)
+    else:
+        _print_oracle(frozen)
+
+
+@app.command()
+def report(
+    runs: RunsArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
+    as_json: JsonOption = False,
+) -> None:
+    """Write one self-contained page about one run or several side by side."""
+    from clbench import registry
+    from clbench.results.store import find_runs
+
+    stores = find_runs(runs)
+    if not stores:
+        raise ConfigError("no run in these folders", where=", ".join(map(str, runs)), mend="run `clbench run` first")
+    path = registry.tool("report").build_report(stores, out)
+    if as_json:
+        print_json({"report": str(path)})
+    else:
+        typer.echo(str(path))
+
+
+@leaderboard_app.command("build")
+def leaderboard_build(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders to show besides the submissions.")] = None,
+    submissions: Annotated[
+        Path | None, typer.Option(help="Folder of packed entries.", show_default="the built-in ones")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the site.")] = Path("site"),
+) -> None:
+    """Write the leaderboard: an index and a page a method, self-contained HTML that works from a file."""
+    from clbench import console, registry
+    from clbench.results.store import find_runs
+
+    stores = find_runs(runs or [])
+    site = registry.tool("site").build_site(stores, out, submissions=submissions)
+    for problem in site.rejected:
+        console.warn(problem)
+    typer.echo(str(site.index))
+
+
+@leaderboard_app.command("pack")
+def leaderboard_pack(
+    runs: RunsArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the entries.")] = Path("submissions"),
+) -> None:
+    """Pack the runs of one method into an entry folder for a pull request."""
+    from clbench import registry
+    from clbench.results.store import find_runs
+
+    typer.echo(str(registry.tool("submission").pack(find_runs(runs), out)))
+
+
+@leaderboard_app.command("verify")
+def leaderboard_verify(
+    entries: Annotated[list[Path], typer.Argument(help="Entry folders.", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Check entries: schema, digests, protocol, every number recomputed. Exit code 2 when one fails."""
+    from clbench import registry
+
+    verify = registry.tool("submission").verify
+    found = {str(entry): verify(entry) for entry in entries}
+    if as_json:
+        print_json(found)
+    else:
+        for entry, problems in found.items():
+            typer.echo(f"{entry}: {'passed' if not problems else f'{len(problems)} problems'}")
+            for problem in problems:
+                typer.echo(f"  {problem}")
+    if any(found.values()):
+        raise typer.Exit(2)
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[
+        str | None,
+        typer.Argument(help="methods, streams, suites, tracks or runs.", show_default="all but runs"),
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    as_json: JsonOption = False,
+) -> None:
+    """List what there is, with options and one line of description."""
+    from clbench import listing
+
+    found = listing.listing(kind, runs)
+    if as_json:
+        print_json(found)
+    else:
+        listing.show(found)
+
+
+@app.command()
+def ui(
+    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    uri: Annotated[str | None, typer.Option(help="Tracking URI.", show_default="RUNS/mlflow.db")] = None,
+    host: str = "127.0.0.1",
+    port: int = 5000,
+) -> None:
+    """Open the MLflow UI on this machine until Ctrl-C."""
+    from clbench import tracking
+
+    page = tracking.open_ui(uri or tracking.default_uri(runs), host=host, port=port)
+    with page:
+        typer.echo(f"MLflow UI: {page.url}   (Ctrl-C stops it)")
+        page.wait()
+
+
+@mlflow_app.command("sync")
+def mlflow_sync(
+    runs: RunsArgument,
+    uri: Annotated[str | None, typer.Option(help="Tracking URI.", show_default="runs/mlflow.db")] = None,
+    root: Annotated[Path, typer.Option(help="Folder of all runs, where the default database lies.")] = Path("runs"),
+) -> None:
+    """Bring MLflow up to date with run folders; doing it twice changes nothing."""
+    from clbench import tracking
+    from clbench.results.store import find_runs
+
+    sink = tracking.MlflowSink(uri or tracking.default_uri(root))
+    for store in find_runs(runs):
+        typer.echo(f"{store.folder}: {sink.sync(store)}")
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what hardware, packages, cache and network there are, and what to do about what is missing."""
+    from clbench import doctor as doctors
+
+    findings = doctors.examine()
+    if as_json:
+        print_json([vars(finding) for finding in findings])
+    else:
+        doctors.show(findings)
+    if any(finding.state == "broken" for finding in findings):
+        raise typer.Exit(2)
+
+
+@app.command()
+def quickstart(
+    out: OutOption = Path("runs"),
+    site: Annotated[Path, typer.Option(help="Folder of the leaderboard page.")] = Path("site"),
+    track: TrackOption = NANO,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds.", show_default="0")] = None,
+    device: DeviceOption = "auto",
+    mlflow: MlflowOption = "sqlite",
+) -> None:
+    """Prepare a track, run sequential, replay and frozen, and build the page: the main job in one command."""
+    from clbench import console, registry
+    from clbench import prepare as preparing
+    from clbench import run as running
+
+    loaded = registry.load_track(track)
+    preparing.prepare(track, device=device)
+    stores = []
+    for spec in ("sequential", "replay:fraction=1/2", "frozen"):
+        for one in seed or [0]:
+            console.say(f"running {spec}, seed {one}")
+            place = _place(out, device, mlflow, command=f"clbench run --track {track} --method {spec} --seed {one}")
+            stores.append(running.execute(loaded, [registry.make_method(spec)], seed=one, place=place))
+    _show(stores, as_json=False)
+    built = registry.tool("site").build_site(stores, site)
+    typer.echo(f"\nleaderboard page: {built.index}")
+    typer.echo(f"run folders:      {out / loaded.name}")
+    if mlflow == "sqlite":
+        typer.echo(f"MLflow UI:        clbench ui --runs {out}")
+
+
+def _place(out: Path, device: str, mlflow: str, *, checkpoint_seconds: float = 60.0, command: str = "") -> Place:
+    from clbench.run import Place
+
+    sinks: tuple[Sink, ...] = ()
+    if mlflow != "none":
+        from clbench import tracking
+
+        uri = tracking.uri_of_mode(mlflow, out)
+        sinks = (tracking.MlflowSink(uri).safe_sync,) if uri else ()
+    return Place(runs_root=out, device=device, sinks=sinks, checkpoint_seconds=checkpoint_seconds, command=command)
+
+
+def _checkpoint_pairs(texts: Sequence[str]) -> dict[int, str]:
+    pairs: dict[int, str] = {}
+    for text in texts:
+        stage, equals, path = text.partition("=")
+        if not equals or not stage.isdigit() or not path:
+            raise ConfigError(f"{text!r} is no checkpoint", mend="write STAGE=FOLDER, for example 0=checkpoints/base")
+        if int(stage) in pairs:
+            raise ConfigError(f"stage {stage} is given twice", mend="give one checkpoint a stage")
+        pairs[int(stage)] = path
+    return pairs
+
+
+def _show(stores: Sequence[RunStore], *, as_json: bool) -> None:
+    from clbench import listing
+    from clbench.results import summary
+
+    summaries = [summary.summarise(group) for group in summary.group_runs(stores).values()]
+    if as_json:
+        print_json([{**s.as_dict(), "folders": [str(r.folder) for r in stores]} for s in summaries])
+    else:
+        listing.show_summaries(summaries)
+
+
+def _print_oracle(frozen: dict[str, Any]) -> None:
+    import yaml
+
+    typer.echo(yaml.safe_dump(frozen, sort_keys=False, default_flow_style=None, width=110))

@@ -1,0 +1,180 @@
+"""Tables for people: what there is, and what runs came to."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from clbench import registry
+from clbench.errors import ClbenchError, NotFoundError, did_you_mean
+from clbench.results.store import RunStore, find_runs
+
+if TYPE_CHECKING:
+    from clbench.results.summary import Difference, MethodSummary, Score
+
+KINDS = ("methods", "streams", "suites", "tracks")
+FIRST_COLUMN, METHOD_COLUMN = 19, 25
+"""Characters of a score's name, and of ``value [low, high]``, with their borders."""
+
+
+def listing(kind: str | None, runs: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return kind -> entries with ``name``, ``about`` and, for methods, ``options``."""
+    if kind is None:
+        return {one: _entries(one) for one in KINDS}
+    if kind == "runs":
+        return {"runs": _runs(runs)}
+    if kind not in KINDS:
+        raise NotFoundError(f"unknown kind {kind!r}", mend=did_you_mean(kind, (*KINDS, "runs")))
+    return {kind: _entries(kind)}
+
+
+def _entries(kind: str) -> list[dict[str, Any]]:
+    if kind == "tracks":
+        tracks = [registry.load_track(name) for name in registry.track_names()]
+        return [{"name": t.name, "about": t.description, "version": t.version, "stream": t.stream} for t in tracks]
+    entries = []
+    for name in registry.names(kind):  # type: ignore[arg-type]
+        cls = registry.load_class(kind, name)  # type: ignore[arg-type]
+        entry: dict[str, Any] = {"name": name, "about": first_sentence(cls)}
+        if kind == "methods":
+            entry["options"] = [
+                {
+                    "name": f.name,
+                    "type": str(f.type),
+                    "default": f.default,
+                    "help": docs_of_fields(cls.Options).get(f.name, ""),
+                }
+                for f in dataclasses.fields(cls.Options)
+            ]
+            entry["needs"] = sorted(cls.needs)
+        entries.append(entry)
+    return entries
+
+
+def first_sentence(cls: type) -> str:
+    """Return the first line of a class's docstring."""
+    return (inspect.getdoc(cls) or "").partition("\n")[0]
+
+
+def docs_of_fields(options: type) -> dict[str, str]:
+    """Return the docstring under each field of an options class; the source is read, nothing is run."""
+    import ast
+    import textwrap
+
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(options)))
+    except (OSError, TypeError, SyntaxError):
+        return {}
+    docs: dict[str, str] = {}
+    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+    for field, after in itertools.pairwise(body):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+        ):
+            docs[field.target.id] = " ".join(str(after.value.value).split())
+    return docs
+
+
+def _runs(root: Path) -> list[dict[str, Any]]:
+    return [_run(store) for store in find_runs([root])] if root.exists() else []
+
+
+def _run(store: RunStore) -> dict[str, Any]:
+    """Return one run's entry; a folder that cannot be read is an entry, too, so that it does not hide the others."""
+    entry = {"name": str(store.folder), "run_id": None}
+    try:
+        config, status = store.config(), store.status()
+        stages = f"{len(store.stages_done())} of {len(config['stages'])} rows"
+        about = [config["track"]["name"], config["method"]["label"], f"seed {config['seed']}"]
+        about = [*about, f"{status['state']}, {stages}", *([status["error"]] if "error" in status else [])]
+        return {**entry, "about": " · ".join(about), "state": status["state"], "run_id": config["run_id"]}
+    except ClbenchError as error:
+        return {**entry, "about": f"broken: {' '.join(error.what.split())}", "state": "broken"}
+    except (KeyError, TypeError) as error:
+        return {**entry, "about": f"broken: run.yaml or status.json lacks {error}", "state": "broken"}
+
+
+def show(found: dict[str, list[dict[str, Any]]]) -> None:
+    """Print a listing."""
+    console = Console()
+    for kind, entries in found.items():
+        table = Table(
+            title=kind,
+            title_justify="left",
+            show_header=False,
+            box=None,
+            pad_edge=False,
+            padding=(0, 2, 0, 0),
+        )
+        for entry in entries:
+            table.add_row(entry["name"], entry["about"])
+            for option in entry.get("options", []):
+                table.add_row("", f"{option['name']}={option['default']}  {option['help']}", style="dim")
+        if not entries:
+            table.add_row("none", "")
+        console.print(table)
+        console.print()
+
+
+def show_summaries(summaries: Sequence[MethodSummary]) -> None:
+    """Print one column a method with its main scores, as many as fit, and how each differs from the first."""
+    from clbench.results.summary import MAIN, compare
+
+    if not summaries:
+        return
+    console = Console()
+    first = summaries[0]
+    against = (
+        "regret against the oracle" if first.oracle[first.unit] is not None else "plain losses: the track has no oracle"
+    )
+    console.print(f"{first.track['name']} · {first.unit.replace('_', ' ')} · {against}", style="italic")
+    columns = max(1, (console.width - FIRST_COLUMN) // METHOD_COLUMN)
+    for start in range(0, len(summaries), columns):
+        console.print(_scores_of(summaries[start : start + columns]))
+    kinds = {one.scores[name].interval for one in summaries for name in MAIN} - {"none"}
+    if kinds:
+        console.print(f"Intervals: 95 %, {' / '.join(sorted(kinds))}.", style="dim", soft_wrap=True)
+    for other in summaries[1:]:
+        difference = compare(other, first).scores["backward"]
+        if math.isfinite(difference.value):
+            console.print(
+                f"Backward, {other.label} minus {first.label}: {interval(difference)} ({difference.interval})",
+                soft_wrap=True,
+            )
+
+
+def _scores_of(summaries: Sequence[MethodSummary]) -> Table:
+    """Return a table with one row a score and one column a method."""
+    from clbench.results.metrics import METRICS
+    from clbench.results.summary import MAIN
+
+    table = Table()
+    table.add_column("")
+    for one in summaries:
+        table.add_column(one.label, justify="right", overflow="fold")
+    table.add_row("seeds", *(str(len(one.seeds)) for one in summaries))
+    for name in MAIN:
+        table.add_row(METRICS[name].title, *(interval(one.scores[name]) for one in summaries))
+    table.add_row("tokens", *(f"{one.bill.n_tokens:,.0f}" for one in summaries))
+    table.add_row("seconds", *(f"{one.bill.total_seconds:,.0f}" for one in summaries))
+    return table
+
+
+def interval(score: Score | Difference) -> str:
+    """Return ``value [low, high]``, or a dash where it is undefined."""
+    if not math.isfinite(score.value):
+        return "–"
+    if not (math.isfinite(score.low) and math.isfinite(score.high)):
+        return f"{score.value:.3f}"
+    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"

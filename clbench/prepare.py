@@ -1,0 +1,59 @@
+"""Prepare a track or a stream: fetch, build, make the base. After it, everything works with the network off."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from clbench import build, console, registry
+from clbench.errors import NotFoundError, did_you_mean
+from clbench.stream import Stream
+
+
+def prepare(target: str, *, device: str = "auto") -> dict[str, Any]:
+    """Prepare a track (its stream and its base) or only a stream; returns what was made and where.
+
+    Raises:
+        NotFoundError: the name is neither a track nor a stream.
+        OfflineError: files are missing from the cache and no network answers.
+        IntegrityError: a file is not what its manifest pins.
+    """
+    start = time.perf_counter()
+    is_track = target.endswith((".yaml", ".yml")) or registry.canonical(target) in registry.track_names()
+    if is_track:
+        made = _prepare_track(target, device)
+    elif registry.canonical(target) in registry.names("streams") or "." in target or "/" in target:
+        stream = build.build_stream(registry.make_stream_source(target))
+        made = {"stream": _about(stream)}
+    else:
+        known = {*registry.track_names(), *registry.names("streams")}
+        raise NotFoundError(f"unknown track or stream {target!r}", mend=did_you_mean(target, known))
+    made["seconds"] = round(time.perf_counter() - start, 1)
+    console.say(f"{target} is ready ({made['seconds']} s)")
+    return made
+
+
+def _prepare_track(target: str, device: str) -> dict[str, Any]:
+    track = registry.load_track(target)
+    stream = build.build_stream(registry.make_stream_source(track.stream))
+    from clbench.base import check_stream, make_base
+    from clbench.run import hardware_for
+
+    check_stream(track, stream)
+    hardware = hardware_for(track, stream, device)
+    console.say(
+        f"base of {track.name}: {track.base.n_tokens:,} tokens of stage 0, {hardware.precision} on {hardware.device}"
+    )
+    base = make_base(track, stream, hardware)
+    return {
+        "track": track.name,
+        "stream": _about(stream),
+        "base": {"folder": str(base.folder), "weights_sha256": base.weights_sha256},
+        "precision": hardware.precision,
+    }
+
+
+def _about(stream: Stream) -> dict[str, Any]:
+    n_tokens = sum(stream.counts("train", info.index)["n_tokens"] for info in stream.stages())
+    console.say(f"stream {stream.name}: {len(stream.stages())} stages, {n_tokens:,} training tokens in {stream.folder}")
+    return {"name": stream.name, "folder": str(stream.folder), "sha256": stream.sha256, "n_tokens": n_tokens}
