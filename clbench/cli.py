@@ -252,12 +252,32 @@ def leaderboard_build(
 def leaderboard_pack(
     runs: RunsArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the entries.")] = Path("submissions"),
+    author: Annotated[list[str] | None, typer.Option(help="Who submits; several are fine.")] = None,
+    code: Annotated[str, typer.Option(help="https address of the method's code, unless it is built in.")] = "",
+    tuning: Annotated[str, typer.Option(help="What the hyper-parameters were chosen on.")] = "",
+    notes: Annotated[str, typer.Option(help="Anything a reader should know.")] = "",
+    only_track_data: Annotated[
+        bool, typer.Option("--only-track-data", help="I declare: no text but the track's trained.")
+    ] = False,
+    heldout_untouched: Annotated[
+        bool, typer.Option("--heldout-untouched", help="I declare: held-out text neither trained nor tuned.")
+    ] = False,
 ) -> None:
     """Pack the runs of one method into an entry folder for a pull request."""
-    from clbench import registry
+    from clbench import console, registry
     from clbench.results.store import find_runs
 
-    typer.echo(str(registry.tool("submission").pack(find_runs(runs), out)))
+    declarations = {
+        "authors": author or [],
+        "code": code,
+        "tuning": tuning,
+        "notes": notes,
+        "only_track_data": only_track_data,
+        "heldout_untouched": heldout_untouched,
+    }
+    entry = registry.tool("submission").pack(find_runs(runs), out, declarations=declarations)
+    console.say(f"check it with `clbench leaderboard verify {entry}`; declarations can be mended in its entry.json")
+    typer.echo(str(entry))
 
 
 @leaderboard_app.command("verify")

@@ -195,7 +195,10 @@ class Method:
         self.options: Any = options if options is not None else self.Options()
 
     def plan(self, stage: Stage) -> StagePlan:
-        """Return what this method wants for one stage; a pure function of options, state and stage."""
+        """Return what this method wants for one stage.
+
+        A function of the options, the stage and state that does not change within a stage: a resumed run asks again.
+        """
         return StagePlan()
 
     def begin_stage(self, ctx: Context) -> None:

@@ -68,7 +68,7 @@ def train_oracle(name: str, *, seeds: Sequence[int], device: str = "auto", write
 def _make(track: Track, stream: Stream, hardware: Hardware, *, n_tokens: int, seed: int) -> Path:
     address = digest_of(
         {
-            "track": track.sha256(),
+            "recipe": track.base_sha256(),
             "stream": stream.sha256,
             "n_tokens": n_tokens,
             "seed": seed,

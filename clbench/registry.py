@@ -95,6 +95,8 @@ def load_class(kind: Kind, target: str) -> Any:
     if module_name.endswith(".py") or "/" in module_name:
         module = _import_file(Path(module_name).expanduser())
         return _pick(module, base, class_name, name=canonical(Path(module_name).stem))
+    if class_name and canonical(module_name) in _available(kind):
+        raise ConfigError(f"option {class_name!r} has no value", where=target, mend="write NAME:option=value")
     if class_name:
         try:
             module = importlib.import_module(module_name)

@@ -121,9 +121,9 @@ class Track(_Frozen):
         return digest_of(self.model_dump(mode="json", exclude={"description", "oracle", "row0"}))
 
     def base_sha256(self) -> str:
-        """Return the digest of what decides the base: stream, model, base recipe, and the optimizer's settings."""
+        """Return the digest of what decides the base besides the built stream: model, recipe, optimizer settings."""
         training = self.training.model_dump(mode="json", exclude={"n_tokens_per_stage", "optimizer"})
-        parts = self.model_dump(mode="json", include={"stream", "stream_sha256", "model", "base"})
+        parts = self.model_dump(mode="json", include={"model", "base"})
         return digest_of({"training": training, **parts})
 
     def as_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ class CodeDocsNano(_codedocs.CodeDocs):
     """The stream of ``codedocs_nano.yaml``, see docs/codedocs.md."""
 
     name = "codedocs-nano"
-    heldout_max_documents = 120
+    heldout_max_documents = 100
 
     def __init__(self) -> None:
         super().__init__(Path(__file__).with_suffix(".yaml"))

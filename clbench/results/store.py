@@ -27,6 +27,9 @@ import yaml
 from clbench.errors import IntegrityError, NotFoundError
 from clbench.files import atomic_path, explain_os_errors, read_json, write_json, write_text
 
+SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The C parser where libyaml is there: ten times faster, equally safe."""
+REQUIRED_CONFIG = {"run_id", "track", "stages", "method", "seed"}
 ROWS_SCHEMA = pa.schema(
     [
         ("item", pa.string()),
@@ -96,13 +99,15 @@ class RunStore:
     def config(self) -> dict[str, Any]:
         """Return the resolved configuration (the fields of ``clbench.track.RunConfig``)."""
         try:
-            config = yaml.safe_load((self.folder / "run.yaml").read_text(encoding="utf-8"))
+            config = yaml.load((self.folder / "run.yaml").read_text(encoding="utf-8"), Loader=SAFE_LOADER)
         except FileNotFoundError:
             raise NotFoundError("run.yaml is missing", where=self.folder) from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise IntegrityError(f"run.yaml is broken: {error}", where=self.folder) from None
         if not isinstance(config, dict):
             raise IntegrityError("run.yaml is not a mapping", where=self.folder)
+        if missing := sorted(REQUIRED_CONFIG - config.keys()):
+            raise IntegrityError(f"run.yaml lacks {', '.join(missing)}", where=self.folder)
         return config
 
     def write_config(self, config: Mapping[str, Any]) -> None:

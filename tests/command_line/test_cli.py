@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from clbench import registry
 from clbench.results.store import RunStore
+from clbench.stream import Stream
 from tests.command_line.driver import clbench, results_of, write_track
 
 COMMANDS = [
@@ -189,7 +191,7 @@ def test_one_broken_run_does_not_hide_the_others(runs: Path, tmp_path: Path) -> 
         assert clbench(*command.split(), tmp_path / "a").error
 
 
-def test_report_build_pack_and_verify(runs: Path, tmp_path: Path) -> None:
+def test_report_and_leaderboard_build(runs: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     made = clbench("report", runs, "--out", page, "--json")
     assert json.loads(made.out) == {"report": str(page)}
@@ -199,10 +201,38 @@ def test_report_build_pack_and_verify(runs: Path, tmp_path: Path) -> None:
     assert site.code == 0
     assert "sequential" in Path(site.out.strip().splitlines()[-1]).read_text(encoding="utf-8")
 
-    entry = clbench("leaderboard", "pack", runs / "tiny" / "sequential", "--out", tmp_path / "entries")
-    assert entry.code in (0, 2)  # one seed of three: packed or refused, but in words
-    if entry.code == 2:
-        assert "seed" in entry.error
+
+def test_pack_and_verify_an_entry_and_a_changed_one(
+    tmp_path: Path, runs: Path, tinydocs: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packs all seeds of a track that is frozen; one changed byte of an entry has to be found."""
+    (tmp_path / "tracks").mkdir()
+    write_track(tmp_path / "tracks" / "tiny.yaml", stream_sha256=tinydocs.sha256)
+    monkeypatch.setattr(registry, "tracks_folder", lambda: tmp_path / "tracks")
+    assert clbench("prepare", "tiny").code == 0
+    done = clbench("run", "-m", "frozen", "-t", "tiny", "--all-seeds", "-o", tmp_path / "runs", "--mlflow", "none")
+    assert done.code == 0, done.err
+    packed = clbench("leaderboard", "pack", tmp_path / "runs", "--out", tmp_path / "entries")
+    assert packed.code == 0, packed.err
+    entry = packed.out.strip()
+    assert "declarations" in packed.err
+    undeclared = clbench("leaderboard", "verify", entry)
+    assert (undeclared.code, undeclared.out.count("declarations: ")) == (2, 3), undeclared.out
+    about = json.loads((Path(entry) / "entry.json").read_text(encoding="utf-8"))
+    about["declarations"] |= {"authors": ["A. Tester"], "only_track_data": True, "heldout_untouched": True}
+    (Path(entry) / "entry.json").write_text(json.dumps(about), encoding="utf-8")
+    passed = clbench("leaderboard", "verify", entry, "--json")
+    assert (passed.code, json.loads(passed.out)) == (0, {entry: []})
+
+    rows = sorted(Path(entry).rglob("*.parquet"))[0]
+    data = bytearray(rows.read_bytes())
+    data[len(data) // 2] ^= 1
+    rows.write_bytes(data)
+    refused = clbench("leaderboard", "verify", entry, "--json")
+    assert refused.code == 2
+    assert json.loads(refused.out)[entry]
+    assert "Traceback" not in refused.err
+    assert "seed" in clbench("leaderboard", "pack", runs / "tiny" / "sequential", "--out", tmp_path / "b").error
 
 
 def test_mlflow_sync_twice_changes_nothing(runs: Path, tmp_path: Path) -> None:

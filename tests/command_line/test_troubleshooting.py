@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-VARIABLE = re.compile(r"…|'[^']*'|\b[NMX]\b|\d+|\bnan\b|\bloss is\b")
+VARIABLE = re.compile(r"…|(?<!\w)'[^']*'|\b[NMX]\b|\d+|\bnan\b|\bloss is\b")
 
 
 def quoted_lines() -> list[str]:
