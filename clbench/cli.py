@@ -224,8 +224,9 @@ def report(
         raise ConfigError("no run in these folders", where=", ".join(map(str, runs)), mend="run `clbench run` first")
     path = registry.tool("report").build_report(stores, out)
     if as_json:
-        print_json({"report": str(path)})
+        print_json({"report": str(path), **_numbers(stores)})
     else:
+        _show(stores, as_json=False)
         typer.echo(str(path))
 
 
@@ -428,6 +429,15 @@ def _show(stores: Sequence[RunStore], *, as_json: bool) -> None:
         print_json([{**s.as_dict(), "folders": [str(r.folder) for r in stores]} for s in summaries])
     else:
         listing.show_summaries(summaries)
+
+
+def _numbers(stores: Sequence[RunStore]) -> dict[str, Any]:
+    """Return every method's summary, and its paired differences to the first method, for machines."""
+    from clbench.results import summary
+
+    summaries = [summary.summarise(group) for group in summary.group_runs(stores).values()]
+    differences = [summary.compare(other, summaries[0]).as_dict() for other in summaries[1:]]
+    return {"summaries": [one.as_dict() for one in summaries], "differences": differences}
 
 
 def _print_oracle(frozen: dict[str, Any]) -> None:

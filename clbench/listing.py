@@ -18,7 +18,7 @@ from clbench.errors import ClbenchError, NotFoundError, did_you_mean
 from clbench.results.store import RunStore, find_runs
 
 if TYPE_CHECKING:
-    from clbench.results.summary import Difference, MethodSummary, Score
+    from clbench.results.summary import Comparison, Difference, MethodSummary, Score
 
 KINDS = ("methods", "streams", "suites", "tracks")
 FIRST_COLUMN, METHOD_COLUMN = 19, 25
@@ -145,13 +145,23 @@ def show_summaries(summaries: Sequence[MethodSummary]) -> None:
     kinds = {one.scores[name].interval for one in summaries for name in MAIN} - {"none"}
     if kinds:
         console.print(f"Intervals: 95 %, {' / '.join(sorted(kinds))}.", style="dim", soft_wrap=True)
-    for other in summaries[1:]:
-        difference = compare(other, first).scores["backward"]
-        if math.isfinite(difference.value):
-            console.print(
-                f"Backward, {other.label} minus {first.label}: {interval(difference)} ({difference.interval})",
-                soft_wrap=True,
-            )
+    comparisons = [compare(other, first) for other in summaries[1:]]
+    for start in range(0, len(comparisons), columns):
+        console.print(_differences_of(comparisons[start : start + columns]))
+
+
+def _differences_of(comparisons: Sequence[Comparison]) -> Table:
+    """Return a table of paired differences to one method: the same seeds, the same documents."""
+    from clbench.results.metrics import METRICS
+    from clbench.results.summary import MAIN
+
+    table = Table()
+    table.add_column(f"minus {comparisons[0].b}")
+    for one in comparisons:
+        table.add_column(one.a, justify="right", overflow="fold")
+    for name in MAIN:
+        table.add_row(METRICS[name].title, *(interval(one.scores[name]) for one in comparisons))
+    return table
 
 
 def _scores_of(summaries: Sequence[MethodSummary]) -> Table:

@@ -28,7 +28,7 @@ from clbench.errors import IntegrityError, NotFoundError
 from clbench.files import atomic_path, explain_os_errors, read_json, write_json, write_text
 
 SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The C parser where libyaml is there: ten times faster, equally safe."""
+"""The C parser where libyaml is there."""
 REQUIRED_CONFIG = {"run_id", "track", "stages", "method", "seed"}
 ROWS_SCHEMA = pa.schema(
     [
@@ -99,7 +99,7 @@ class RunStore:
     def config(self) -> dict[str, Any]:
         """Return the resolved configuration (the fields of ``clbench.track.RunConfig``)."""
         try:
-            config = yaml.load((self.folder / "run.yaml").read_text(encoding="utf-8"), Loader=SAFE_LOADER)
+            config = read_yaml((self.folder / "run.yaml").read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise NotFoundError("run.yaml is missing", where=self.folder) from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -186,6 +186,15 @@ class RunStore:
             return
         kept = [line for line in self.steps() if (line["stage"], line["step"]) < (stage, step)]
         write_text(self.folder / "steps.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read_yaml(text: str) -> Any:
+    """Return the value of one YAML document; plain values only, as with ``yaml.safe_load``, at ten times its speed."""
+    loader = SAFE_LOADER(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def read_rows(path: Path) -> pa.Table:

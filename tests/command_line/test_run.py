@@ -148,7 +148,11 @@ def test_a_damaged_cell_of_the_cache_is_measured_again(
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("track: [", "run.yaml is broken"), ("words", "run.yaml is not a mapping"), ("a: 1", "of another format")],
+    [
+        ("track: [", "run.yaml is broken"),
+        ("words", "run.yaml is not a mapping"),
+        ("a: 1", "run.yaml lacks method, run_id"),
+    ],
 )
 def test_a_broken_run_yaml_is_named(copied: RunStore, tiny: Path, tmp_path: Path, text: str, expected: str) -> None:
     (copied.folder / "run.yaml").write_text(text, encoding="utf-8")
