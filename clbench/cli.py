@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,8 +20,9 @@ from clbench.errors import ClbenchError, ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from clbench.recorder import Sink
     from clbench.results.store import RunStore
-    from clbench.run import Place, Sink
+    from clbench.run import Place
 
 app = typer.Typer(
     help="Continual pretraining of language models, measured.",
@@ -147,7 +149,8 @@ def run(
     stores = []
     for one in loaded.seeds if all_seeds else seed or [0]:
         components = [registry.make_method(spec) for spec in method]
-        place = _place(out, device, mlflow, checkpoint_seconds=checkpoint_seconds)
+        words = ["clbench", "run", "--track", track, *(w for m in method for w in ("--method", m)), "--seed", str(one)]
+        place = _place(out, device, mlflow, checkpoint_seconds=checkpoint_seconds, command=shlex.join(words))
         stores.append(running.execute(loaded, components, seed=one, place=place))
     _show(stores, as_json=as_json)
 
@@ -178,14 +181,14 @@ def evaluate(
 
     Example: clbench evaluate --checkpoints 0=ckpt/base 1=ckpt/2012 2=ckpt/2016
     """
-    from clbench import registry
+    from clbench import outside, registry
     from clbench import run as running
 
     loaded = registry.load_track(track)
     folder = out or Path("runs") / loaded.name / running.slug(name) / "seed-0"
     place = _place(folder.parent, device, mlflow)
     given = _checkpoint_pairs([*(checkpoints or []), *(pairs or [])])
-    store = running.measure_checkpoints(loaded, given, label=name, out=folder, place=place)
+    store = outside.measure_checkpoints(loaded, given, label=name, out=folder, place=place)
     _show([store], as_json=as_json)
 
 
@@ -234,7 +237,8 @@ def report(
 def leaderboard_build(
     runs: Annotated[list[Path] | None, typer.Argument(help="Run folders to show besides the submissions.")] = None,
     submissions: Annotated[
-        Path | None, typer.Option(help="Folder of packed entries.", show_default="the built-in ones")
+        Path | None,
+        typer.Option(help="Folder of packed entries.", show_default="the built-in ones where no runs are given"),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the site.")] = Path("site"),
 ) -> None:

@@ -1,7 +1,4 @@
-"""A run: one (track, method, seed), from its base through every stage to a complete matrix in its folder.
-
-Also for checkpoints that were trained elsewhere: the same folder, the same matrix, no training.
-"""
+"""A run: one (track, method, seed), from its base through every stage to a complete matrix in its folder."""
 
 from __future__ import annotations
 
@@ -13,42 +10,29 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import clbench
-from clbench import cells, console, registry
+from clbench import console, registry
 from clbench.base import Base, open_base, open_stream
-from clbench.errors import ClbenchError, ConfigError, IntegrityError, NotFoundError
+from clbench.errors import ClbenchError, ConfigError
 from clbench.files import exclusive, remove_leftovers
-from clbench.method import Composed, Stage, Weights
+from clbench.method import Composed, Stage
+from clbench.recorder import Recorder, Sink
 from clbench.registry import Component, label_of
 from clbench.results.matrix import from_rows
-from clbench.results.store import RunStore, StageRecord
+from clbench.results.store import RunStore, utc_now
 from clbench.stream import Stream
-from clbench.suite import Checkpoint, Suite
 from clbench.track import RunConfig, Track, run_id_of
 from clbench.train.ledger import Ledger
 from clbench.train.loop import Job, train
-from clbench.train.models import (
-    check_checkpoint,
-    holding,
-    load_model,
-    n_parameters,
-    save_model,
-    weights_of,
-    weights_sha256,
-)
 from clbench.train.parallel import Hardware, choose_precision, describe, find_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-Sink = Callable[[RunStore], object]
-"""Called after every complete matrix row; must not raise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +171,7 @@ def resolve(
         base=short_base,
         training={**track.training.model_dump(mode="json"), "precision": hardware.precision},
         environment=environment(hardware),
-        created=now(),
+        created=utc_now(),
         command=place.command or shlex.join(["clbench", *sys.argv[1:]]),
     )
 
@@ -236,7 +220,7 @@ def start(folder: Path, config: RunConfig) -> RunStore:
                 f"the run began with {threads[0]} threads and goes on with {threads[1]}: "
                 "the last bits of its results may differ"
             )
-    store.write_status("running", since=now(), pid=os.getpid())
+    store.write_status("running", since=utc_now(), pid=os.getpid())
     return store
 
 
@@ -271,134 +255,15 @@ def reporting_failure(store: RunStore) -> Iterator[None]:
         stopped = isinstance(error, KeyboardInterrupt)
         why = str(error) if isinstance(error, ClbenchError) else f"{type(error).__name__}: {error}"
         with suppress(ClbenchError, OSError):  # a full disk must not hide what was raised
-            store.write_status("stopped" if stopped else "failed", error="interrupted" if stopped else why, since=now())
+            store.write_status(
+                "stopped" if stopped else "failed", error="interrupted" if stopped else why, since=utc_now()
+            )
         raise
-
-
-@dataclass
-class Recorder:
-    """Measures release weights and writes complete matrix rows."""
-
-    store: RunStore
-    suites: Sequence[Suite]
-    model: torch.nn.Module
-    stream: Stream
-    hardware: Hardware
-    sinks: tuple[Sink, ...] = ()
-
-    def finish_stage(self, stage: Stage, released: Weights, n_steps: int, ledger: Ledger) -> None:
-        """Measure the release weights of a stage, save them, and declare the row complete.
-
-        A row that is there already is kept, unless other weights stand behind it (a run that lost its checkpoints and
-        trained anew on another number of threads).
-        """
-        done = stage.index in self.store.stages_done()
-        with holding(self.model, released):
-            digest = weights_sha256(self.model)
-            fresh = not done or self.store.stage_record(stage.index)["weights_sha256"] != digest
-            if fresh:
-                save_model(
-                    self.model,
-                    weights_of(self.model),
-                    self._release_folder(stage.index),
-                    tokenizer_folder=self.stream.tokenizer_folder,
-                )
-            self.record(stage.index, digest, n_steps, ledger, again=fresh)
-
-    def mend_rows(self, ledger: Ledger) -> None:
-        """Measure rows again that were lost or damaged, from the release weights in the run folder.
-
-        Raises:
-            NotFoundError, IntegrityError: the release weights are lost or damaged, too.
-        """
-        for stage in self.store.stages_done():
-            try:
-                for suite in self.suites:
-                    self.store.rows(suite.name, stage)
-            except (NotFoundError, IntegrityError) as error:
-                console.warn(f"{error.what} ({error.where}); measuring stage {stage} again")
-                there = self.store.stage_record(stage)
-                released = load_model(self._release_folder(stage)) if stage else self.model
-                with holding(self.model, weights_of(released)):
-                    if weights_sha256(self.model) != there["weights_sha256"]:
-                        raise IntegrityError(
-                            "release weights are not those that were measured",
-                            where=self._release_folder(stage),
-                            mend="delete the run folder and run again",
-                        ) from None
-                    self.record(stage, there["weights_sha256"], there["n_steps"], ledger, again=True)
-
-    def _release_folder(self, stage: int) -> Path:
-        return self.store.folder / "release" / f"stage-{stage:02d}"
-
-    def record(
-        self,
-        stage: int,
-        digest: str,
-        n_steps: int,
-        ledger: Ledger,
-        *,
-        tokenizer: Any = None,
-        tokenizer_sha256: str = "",
-        again: bool = False,
-    ) -> None:
-        """Measure the model as it is and write row ``stage``; nothing is measured twice, unless ``again``."""
-        if again or stage not in self.store.stages_done():
-            checkpoint = Checkpoint(
-                model=self.model,
-                weights_sha256=digest,
-                device=self.hardware.device,
-                autocast_dtype=None,
-                tokenizer=tokenizer,
-                tokenizer_sha256=tokenizer_sha256,
-            )
-            addresses, cost = {}, {"flops": 0.0, "seconds": 0.0}
-            for suite in self.suites:
-                cell = cells.measure(suite, checkpoint)
-                self.store.write_rows(suite.name, stage, cell.rows)
-                addresses[suite.name] = cell.address
-                cost = {"flops": cost["flops"] + cell.flops, "seconds": cost["seconds"] + cell.seconds}
-            self.store.write_stage_record(
-                StageRecord(
-                    stage=stage,
-                    weights_sha256=digest,
-                    cells=addresses,
-                    finished=now(),
-                    n_steps=n_steps,
-                    evaluation=cost,
-                )
-            )
-        self._bill(stage, ledger)
-        for sink in self.sinks:
-            sink(self.store)
-
-    def record_outside(self, stage: int, tokenizer: Any, tokenizer_sha256: str) -> None:
-        """Measure a checkpoint that was trained elsewhere.
-
-        Raises:
-            ConfigError: this row was measured with other weights.
-        """
-        digest = weights_sha256(self.model)
-        if stage in self.store.stages_done() and self.store.stage_record(stage)["weights_sha256"] != digest:
-            raise ConfigError(
-                f"stage {stage} of this folder was measured with other weights",
-                where=self.store.folder,
-                mend="give another folder with --out",
-            )
-        self.record(stage, digest, 0, Ledger(), tokenizer=tokenizer, tokenizer_sha256=tokenizer_sha256)
-
-    def _bill(self, stage: int, ledger: Ledger) -> None:
-        for done in self.store.stages_done():
-            cost = self.store.stage_record(done).get("evaluation")
-            if cost is not None and done <= stage:
-                ledger.evaluations[done] = cost
-        ledger.note_memory(self.hardware.memory_bytes())
-        self.store.write_ledger(ledger.as_dict())
 
 
 def check_row_zero(track: Track, store: RunStore, suite: str) -> None:
     """Say so when the base's losses lie outside the track's tolerance: such runs are not comparable."""
-    if track.row0 is None or suite != "heldout":
+    if track.row0 is None:
         return
     if len(track.row0.nats_per_token) != len(store.config()["stages"]):
         raise ConfigError(
@@ -413,85 +278,3 @@ def check_row_zero(track: Track, store: RunStore, suite: str) -> None:
             f"the base's losses lie up to {gap:.3f} nats per token from the track's row 0, more than its tolerance "
             f"{track.row0.tolerance_nats}: a submission of this run would be refused"
         )
-
-
-def measure_checkpoints(
-    track: Track, checkpoints: Mapping[int, str], *, label: str, out: Path, place: Place
-) -> RunStore:
-    """Measure checkpoints that were trained elsewhere on a track's suites and give them a matrix like any run.
-
-    Args:
-        track: whose stream and suites are used; its base is not needed.
-        checkpoints: stage -> folder or hub id; stage 0 is the checkpoint before any of the stream's later text.
-        label: how they are called in tables.
-        out: run folder.
-        place: device and sinks.
-
-    Raises:
-        ConfigError: no checkpoint, or a stage that the stream does not have.
-        NotFoundError, IntegrityError: a checkpoint is missing or damaged.
-    """
-    stream = open_stream(track)
-    infos = stream.stages()
-    wrong = [k for k in checkpoints if not 0 <= k < len(infos)]
-    if wrong or not checkpoints:
-        raise ConfigError(
-            f"stage {wrong[0]} is not in the stream" if wrong else "no checkpoint was given",
-            where=stream.name,
-            mend=f"give K=PATH with K from 0 to {len(infos) - 1}",
-        )
-    device = find_device(place.device)
-    hardware = Hardware(device, "fp32")
-    tokenizers = {}
-    for stage, path in sorted(checkpoints.items()):  # all of them before the first is measured
-        check_checkpoint(path)
-        tokenizers[stage] = outside_tokenizer(path, stream)
-    with exclusive(out, mend="wait for it, or give another folder with --out"):
-        first = load_model(checkpoints[min(checkpoints)])
-        paths = {str(stage): path for stage, path in sorted(checkpoints.items())}
-        components = [{"name": "checkpoints", "target": "", "options": {"paths": paths}}]
-        facts = {"weights_sha256": weights_sha256(first), "n_parameters": n_parameters(first)}
-        method = {"label": label, "components": components}
-        store = start(out, resolve(track, stream, method, 0, facts, hardware, place))
-        with reporting_failure(store):
-            for stage, path in sorted(checkpoints.items()):
-                console.say(f"stage {stage}: {path}")
-                model = (first if stage == min(checkpoints) else load_model(path)).to(device).eval()
-                suites = [registry.make_suite(name, stream) for name in track.suites]
-                recorder = Recorder(store, suites, model, stream, hardware, place.sinks)
-                recorder.record_outside(stage, *tokenizers[stage])
-            store.write_status("done", finished=now())
-        for sink in place.sinks:
-            sink(store)
-    return store
-
-
-def outside_tokenizer(path: str, stream: Stream) -> tuple[Any, str]:
-    """Return (tokenizer, digest) of a checkpoint; (None, "") when it is the stream's own.
-
-    Raises:
-        ConfigError: the checkpoint has no tokenizer that transformers can load.
-    """
-    from transformers import AutoTokenizer
-
-    from clbench.files import digest_of, sha256_file
-
-    own = stream.tokenizer_folder / "tokenizer.json"
-    theirs = Path(path) / "tokenizer.json"
-    if theirs.is_file() and sha256_file(theirs) == sha256_file(own):
-        return None, ""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=Path(path).is_dir(), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no tokenizer beside this checkpoint: {str(error).splitlines()[0]}",
-            where=path,
-            mend="save it there with tokenizer.save_pretrained",
-        ) from None
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return tokenizer, digest_of(backend.to_str() if backend is not None else tokenizer.get_vocab())
-
-
-def now() -> str:
-    """Return the time, UTC ISO-8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -102,7 +102,8 @@ class Track(_Frozen):
     model: ModelSpec
     base: BaseSpec
     training: TrainingSpec
-    suites: list[str] = Field(default=["heldout"], min_length=1)
+    suites: list[str] = Field(min_length=1)
+    """The first one's losses are those of oracle and row 0."""
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
     """A leaderboard entry has exactly these."""
     oracle: OracleLosses | None = None

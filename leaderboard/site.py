@@ -21,7 +21,7 @@ from clbench.errors import ConfigError, IntegrityError
 from clbench.files import atomic_folder, write_text
 from clbench.leaderboard import charts, figures, view
 from clbench.leaderboard.page import csv_text, json_text, render, slug
-from clbench.leaderboard.submission import VerifiedEntry, read_submissions, require_folder
+from clbench.leaderboard.submission import Submissions, VerifiedEntry, read_submissions, require_folder
 from clbench.leaderboard.view import UNIT_NAMES, UNITS, MethodView
 from clbench.results.metrics import MAIN
 from clbench.results.store import RunStore
@@ -58,13 +58,18 @@ def build_site(sources: Iterable[Source], out: Path, *, submissions: Path | None
     Args:
         sources: run folders (shown as reported) and entries from ``read_submissions`` (shown as checked).
         out: the folder to write.
-        submissions: a folder of entries to verify and show besides; None takes ``submissions_folder``.
+        submissions: a folder of entries to verify and show besides; None takes ``submissions_folder`` when there are
+            no ``sources``, and otherwise nothing.
 
     Raises:
         ConfigError: nothing to show, or ``out`` holds something else.
     """
-    entries = read_submissions(require_folder(submissions) if submissions else submissions_folder())
-    tracks = by_track([*sources, *entries.accepted])
+    given = list(sources)
+    if submissions is None and given:
+        entries = Submissions([], {})
+    else:
+        entries = read_submissions(require_folder(submissions) if submissions else submissions_folder())
+    tracks = by_track([*given, *entries.accepted])
     if not tracks:
         raise ConfigError("there are no runs to show", mend="run `clbench run`, or give folders that hold runs")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARK).exists())):

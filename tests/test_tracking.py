@@ -438,7 +438,7 @@ def test_a_sink_that_recovers_shows_everything(tmp_path: Path) -> None:
 def test_a_broken_run_folder_is_one_line(tmp_path: Path) -> None:
     store = write_run(tmp_path / "run")
     config = store.config()
-    del config["track"]
+    del config["track"]["name"]
     store.write_config(config)
     with pytest.raises(ClbenchError, match=r"run\.yaml lacks a field"):
         plan_of(store)

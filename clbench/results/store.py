@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -186,6 +187,11 @@ class RunStore:
             return
         kept = [line for line in self.steps() if (line["stage"], line["step"]) < (stage, step)]
         write_text(self.folder / "steps.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def utc_now() -> str:
+    """Return the time, UTC ISO-8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read_yaml(text: str) -> Any:

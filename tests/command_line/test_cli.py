@@ -194,7 +194,10 @@ def test_one_broken_run_does_not_hide_the_others(runs: Path, tmp_path: Path) -> 
 def test_report_and_leaderboard_build(runs: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     made = clbench("report", runs, "--out", page, "--json")
-    assert json.loads(made.out) == {"report": str(page)}
+    numbers = json.loads(made.out)
+    assert numbers["report"] == str(page)
+    first, *others = [summary["label"] for summary in numbers["summaries"]]
+    assert [(one["a"], one["b"]) for one in numbers["differences"]] == [(other, first) for other in others]
     assert "sequential" in page.read_text(encoding="utf-8")
 
     site = clbench("leaderboard", "build", runs, "--out", tmp_path / "site")

@@ -211,7 +211,8 @@ def test_a_folder_with_other_things_is_left_alone(runs: dict[str, list[RunStore]
         build_site(runs["frozen"], tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
     with pytest.raises(ConfigError, match="no runs"):
-        build_site([], tmp_path / "site")
+        (tmp_path / "none").mkdir()
+        build_site([], tmp_path / "site", submissions=tmp_path / "none")
     build_site(runs["frozen"], tmp_path / "site")
     build_site(runs["sequential"], tmp_path / "site")
     assert [p.name for p in (tmp_path / "site" / "methods").iterdir()] == ["sequential.html"]
@@ -232,3 +233,10 @@ def test_a_submissions_folder_is_verified_and_what_fails_is_said(
 def test_same_labels_are_told_apart() -> None:
     assert view.distinct(["a", "a", "b"], ["2026-01-01", "", ""]) == ["a (2026-01-01)", "a", "b"]
     assert view.distinct(["a", "a"], ["", ""]) == ["a", "a-2"]
+
+
+def test_without_runs_the_built_in_entries_are_verified_and_shown(tmp_path: Path) -> None:
+    site = build_site([], tmp_path / "site")
+    assert site.rejected == []
+    shown = {path.stem for path in (tmp_path / "site" / "methods").glob("*.html")}
+    assert {"sequential", "replay", "frozen"} <= shown

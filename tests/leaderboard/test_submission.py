@@ -357,7 +357,14 @@ def test_a_real_track_is_accepted_as_such(packed: Path) -> None:
     steps = {"sequence_length": 16, "batch_rows": 1, "learning_rate": 0.1, "warmup_steps": 0}
     training = {"n_tokens_per_stage": 200_000, **steps}
     track = Track.model_validate(
-        {"name": "synthetic", "stream": "synthetic", "model": model, "base": base, "training": training}
+        {
+            "name": "synthetic",
+            "stream": "synthetic",
+            "model": model,
+            "base": base,
+            "training": training,
+            "suites": ["heldout"],
+        }
     )
     problems = verify(packed, track=track)
     assert problems

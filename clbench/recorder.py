@@ -1,0 +1,144 @@
+"""Matrix rows: release weights are measured once, saved, and declared complete in the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clbench import cells, console
+from clbench.errors import ConfigError, IntegrityError, NotFoundError
+from clbench.method import Stage, Weights
+from clbench.results.store import RunStore, StageRecord, utc_now
+from clbench.stream import Stream
+from clbench.suite import Checkpoint, Suite
+from clbench.train.ledger import Ledger
+from clbench.train.models import holding, load_model, save_model, weights_of, weights_sha256
+from clbench.train.parallel import Hardware
+
+Sink = Callable[[RunStore], object]
+"""Called after every complete matrix row; must not raise."""
+
+
+@dataclass
+class Recorder:
+    """Measures release weights and writes complete matrix rows."""
+
+    store: RunStore
+    suites: Sequence[Suite]
+    model: torch.nn.Module
+    stream: Stream
+    hardware: Hardware
+    sinks: tuple[Sink, ...] = ()
+
+    def finish_stage(self, stage: Stage, released: Weights, n_steps: int, ledger: Ledger) -> None:
+        """Measure the release weights of a stage, save them, and declare the row complete.
+
+        A row that is there already is kept, unless other weights stand behind it (a run that lost its checkpoints and
+        trained anew on another number of threads).
+        """
+        done = stage.index in self.store.stages_done()
+        with holding(self.model, released):
+            digest = weights_sha256(self.model)
+            fresh = not done or self.store.stage_record(stage.index)["weights_sha256"] != digest
+            if fresh:
+                save_model(
+                    self.model,
+                    weights_of(self.model),
+                    self._release_folder(stage.index),
+                    tokenizer_folder=self.stream.tokenizer_folder,
+                )
+            self.record(stage.index, digest, n_steps, ledger, again=fresh)
+
+    def mend_rows(self, ledger: Ledger) -> None:
+        """Measure rows again that were lost or damaged, from the release weights in the run folder.
+
+        Raises:
+            NotFoundError, IntegrityError: the release weights are lost or damaged, too.
+        """
+        for stage in self.store.stages_done():
+            try:
+                for suite in self.suites:
+                    self.store.rows(suite.name, stage)
+            except (NotFoundError, IntegrityError) as error:
+                console.warn(f"{error.what} ({error.where}); measuring stage {stage} again")
+                there = self.store.stage_record(stage)
+                released = load_model(self._release_folder(stage)) if stage else self.model
+                with holding(self.model, weights_of(released)):
+                    if weights_sha256(self.model) != there["weights_sha256"]:
+                        raise IntegrityError(
+                            "release weights are not those that were measured",
+                            where=self._release_folder(stage),
+                            mend="delete the run folder and run again",
+                        ) from None
+                    self.record(stage, there["weights_sha256"], there["n_steps"], ledger, again=True)
+
+    def _release_folder(self, stage: int) -> Path:
+        return self.store.folder / "release" / f"stage-{stage:02d}"
+
+    def record(
+        self,
+        stage: int,
+        digest: str,
+        n_steps: int,
+        ledger: Ledger,
+        *,
+        tokenizer: Any = None,
+        tokenizer_sha256: str = "",
+        again: bool = False,
+    ) -> None:
+        """Measure the model as it is and write row ``stage``; nothing is measured twice, unless ``again``."""
+        if again or stage not in self.store.stages_done():
+            checkpoint = Checkpoint(
+                model=self.model,
+                weights_sha256=digest,
+                device=self.hardware.device,
+                autocast_dtype=None,
+                tokenizer=tokenizer,
+                tokenizer_sha256=tokenizer_sha256,
+            )
+            addresses, cost = {}, {"flops": 0.0, "seconds": 0.0}
+            for suite in self.suites:
+                cell = cells.measure(suite, checkpoint)
+                self.store.write_rows(suite.name, stage, cell.rows)
+                addresses[suite.name] = cell.address
+                cost = {"flops": cost["flops"] + cell.flops, "seconds": cost["seconds"] + cell.seconds}
+            self.store.write_stage_record(
+                StageRecord(
+                    stage=stage,
+                    weights_sha256=digest,
+                    cells=addresses,
+                    finished=utc_now(),
+                    n_steps=n_steps,
+                    evaluation=cost,
+                )
+            )
+        self._bill(stage, ledger)
+        for sink in self.sinks:
+            sink(self.store)
+
+    def record_outside(self, stage: int, tokenizer: Any, tokenizer_sha256: str) -> None:
+        """Measure a checkpoint that was trained elsewhere.
+
+        Raises:
+            ConfigError: this row was measured with other weights.
+        """
+        digest = weights_sha256(self.model)
+        if stage in self.store.stages_done() and self.store.stage_record(stage)["weights_sha256"] != digest:
+            raise ConfigError(
+                f"stage {stage} of this folder was measured with other weights",
+                where=self.store.folder,
+                mend="give another folder with --out",
+            )
+        self.record(stage, digest, 0, Ledger(), tokenizer=tokenizer, tokenizer_sha256=tokenizer_sha256)
+
+    def _bill(self, stage: int, ledger: Ledger) -> None:
+        for done in self.store.stages_done():
+            cost = self.store.stage_record(done).get("evaluation")
+            if cost is not None and done <= stage:
+                ledger.evaluations[done] = cost
+        ledger.note_memory(self.hardware.memory_bytes())
+        self.store.write_ledger(ledger.as_dict())
