@@ -41,7 +41,8 @@ class Document:
     """One text.
 
     ``id`` is the identity over time (all versions of one page share it) and decides the split;
-    ``date`` is UTC ISO-8601 (``2013-05-01``); ``group`` is the package, site or source.
+    ``date`` is UTC ISO-8601 (``2013-05-01``); ``group`` is the package, site or source. ``change`` compares with the
+    last stage before that has documents of this group.
     """
 
     id: str

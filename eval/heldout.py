@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -314,14 +315,23 @@ def window_nats(checkpoint: Checkpoint, windows: _Windows, tokens_per_batch: int
     device = checkpoint.device
     size = tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cuda"])
     nats = np.zeros(len(windows.tokens), dtype=np.float64)
-    autocast = torch.autocast(device.type, checkpoint.autocast_dtype, enabled=checkpoint.autocast_dtype is not None)
+
+    def precision() -> torch.autocast:
+        return torch.autocast(device.type, checkpoint.autocast_dtype, enabled=checkpoint.autocast_dtype is not None)
+
+    def score(indices: IntArray) -> NDArray[np.float64]:
+        with torch.inference_mode(), precision():  # both are settings of a thread
+            batch = _pad(windows, indices, device)
+            return _score(checkpoint.model, batch, fast=fast).double().cpu().numpy()
+
     try:
-        with torch.inference_mode(), autocast, _progress(int(windows.n_input.sum())) as advance:
+        with torch.inference_mode(), precision():
             fast = bool(windows.tokens) and head_is_all(checkpoint.model, _probe(windows, device))
-            if not fast:  # whole logits [W, T, V] then exist: keep them below a quarter of a gigabyte
-                size = min(size, max(1, 2**26 // _vocabulary(checkpoint.model)))
-            for indices in batches(windows.n_input, size):
-                nll_P = _score(checkpoint.model, _pad(windows, indices, device), fast=fast).double().cpu().numpy()
+        if not fast:  # whole logits [W, T, V] then exist: keep them below a quarter of a gigabyte
+            size = min(size, max(1, 2**26 // _vocabulary(checkpoint.model)))
+        todo = batches(windows.n_input, size)
+        with _progress(int(windows.n_input.sum())) as advance, _workers(device) as pool:
+            for indices, nll_P in zip(todo, pool.map(score, todo), strict=True):
                 ends = np.cumsum(windows.n_scored[indices])
                 nats[indices] = np.add.reduceat(nll_P, ends - windows.n_scored[indices])
                 advance(int(windows.n_input[indices].sum()))
@@ -332,6 +342,25 @@ def window_nats(checkpoint: Checkpoint, windows: _Windows, tokens_per_batch: int
             mend="choose a smaller tokens_per_batch",
         ) from error
     return nats
+
+
+@contextmanager
+def _workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool that scores batches side by side: on a CPU as many as torch has threads, each on one thread.
+
+    A small model's operations are too short to share among threads; whole batches are not. The bits are those of
+    one thread, whatever their number.
+    """
+    import torch
+
+    n_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        n_workers = n_threads if device.type == "cpu" else 1
+        with ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 @dataclass(frozen=True, kw_only=True)

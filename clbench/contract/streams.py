@@ -139,9 +139,10 @@ def check_stages(case: StreamCase) -> None:
 def check_documents(case: StreamCase) -> None:
     """Documents have ids of their own within a stage, are dated in their stage, and only known ids recur."""
     _ = case.first_pass
+    last: dict[str, set[str]] = {}  # group -> ids of the stage before in which it appeared
     known: set[str] = set()
     for stage in case.source.stages():
-        ids = set()
+        ids: dict[str, set[str]] = {}
         for document in case.source.documents(stage.index):
             if not stage.start <= document.date[: len(stage.start)] <= stage.end:
                 raise case.broken(
@@ -149,14 +150,18 @@ def check_documents(case: StreamCase) -> None:
                     f"outside {stage.start} to {stage.end}",
                     "give the date on which this version was published",
                 )
-            if document.id in known and document.change == "new":
-                raise case.broken(f"document {document.id!r} of stage {stage.index} is called new and came before")
+            if document.id in last.get(document.group, set()) and document.change == "new":
+                raise case.broken(
+                    f"document {document.id!r} of stage {stage.index} is called new and came before",
+                    "new is what the group's stage before did not have",
+                )
             if document.id not in known and document.change != "new" and stage.index:
                 raise case.broken(
                     f"document {document.id!r} of stage {stage.index} is called {document.change} and is new"
                 )
-            ids.add(document.id)
-        known |= ids
+            ids.setdefault(document.group, set()).add(document.id)
+        last |= ids
+        known |= set().union(*ids.values())
 
 
 def check_offline(case: StreamCase) -> None:
