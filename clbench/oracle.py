@@ -117,9 +117,10 @@ def with_frozen(text: str, frozen: dict[str, Any]) -> str:
     kept: list[str] = []
     skipping = False
     for line in text.splitlines():
-        if line and not line[0].isspace() and not line.startswith("#"):
+        comment = line.startswith("#")
+        if line and not line[0].isspace() and not comment:
             skipping = line.partition(":")[0] in frozen
-        if not skipping:
+        if comment or not skipping:
             kept.append(line)
     block = yaml.safe_dump(frozen, sort_keys=False, default_flow_style=None, width=110)
     return "\n".join(kept).rstrip() + "\n" + block
