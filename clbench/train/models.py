@@ -215,7 +215,7 @@ def save_model(model: torch.nn.Module, weights: Weights, folder: Path, *, tokeni
 
 def model_forward_flops(model: torch.nn.Module, n_tokens: int, length: int) -> float:
     """Return the FLOPs of a forward pass of a transformers decoder; see ``ledger.forward_flops``."""
-    config: Any = model.config
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     n_matmul = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
