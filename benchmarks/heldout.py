@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda …")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32, 64])
@@ -164,11 +165,13 @@ def compare(arguments: argparse.Namespace, stream: Stream) -> None:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
     model = make_model(stream.vocab_size, arguments.hidden, arguments.layers, arguments.context, stream.eos_id)
+    model = model.to(device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(stream.tokenizer_folder)
     texts = [t for s in stream.stages() for t in stream.documents("heldout", s.index, ["text"])["text"].to_pylist()]
     requests = [Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0) for text in texts]
-    checkpoint = Checkpoint(model=model, weights_sha256="", device=torch.device("cpu"), autocast_dtype=None)
+    checkpoint = Checkpoint(model=model, weights_sha256="", device=device, autocast_dtype=None)
 
     def ours(size: int) -> Any:
         return Heldout(stream, Heldout.Options(tokens_per_batch=size or None)).measure(checkpoint)
@@ -189,6 +192,10 @@ def compare(arguments: argparse.Namespace, stream: Stream) -> None:
     for size in arguments.batch_sizes:
         variants[f"lm-eval, batch {size}"] = lambda size=size: stock(size)
 
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+        ours(0)  # the first kernels are loaded outside the measurement
+        stock(arguments.batch_sizes[-1])
     batches = batch_shapes(Heldout(stream), checkpoint)
     variants["matrix products"] = lambda: multiply(model, batches)
 
@@ -212,7 +219,8 @@ def compare(arguments: argparse.Namespace, stream: Stream) -> None:
     best_wall = min((n for n in variants if n.startswith("lm-eval")), key=wall_of.__getitem__)
     best_cpu = min((n for n in variants if n.startswith("lm-eval")), key=cpu_of.__getitem__)
 
-    print(f"{processor()}, {arguments.threads} threads of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    print(f"{name}, {arguments.threads} threads of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"lm-eval {lm_eval.__version__}"
@@ -247,7 +255,7 @@ def batch_shapes(suite: Any, checkpoint: Checkpoint) -> list[int]:
     from clbench.eval import heldout
 
     _, windows = suite._prepare(checkpoint)
-    found = heldout.batches(windows.n_input, heldout.TOKENS_PER_BATCH["cpu"])
+    found = heldout.batches(windows.n_input, heldout.TOKENS_PER_BATCH[checkpoint.device.type])
     return [len(b) * int(windows.n_input[b].max()) for b in found]
 
 
@@ -256,12 +264,15 @@ def multiply(model: Any, n_positions: list[int]) -> None:
     import torch
 
     weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    inputs = {w.shape[1]: torch.randn(max(n_positions), w.shape[1]) for w in weights}
-    outputs = {w.shape[0]: torch.empty(max(n_positions), w.shape[0]) for w in weights}
+    on = weights[0].device
+    inputs = {w.shape[1]: torch.randn(max(n_positions), w.shape[1], device=on) for w in weights}
+    outputs = {w.shape[0]: torch.empty(max(n_positions), w.shape[0], device=on) for w in weights}
     with torch.inference_mode():
         for n in n_positions:
             for weight in weights:
                 torch.mm(inputs[weight.shape[1]][:n], weight.T, out=outputs[weight.shape[0]][:n])
+    if on.type == "cuda":
+        torch.cuda.synchronize(on)
 
 
 def processor() -> str:
