@@ -351,7 +351,7 @@ def mlflow_sync(
     from clbench import tracking
     from clbench.results.store import find_runs
 
-    sink = tracking.MlflowSink(uri or tracking.default_uri(root))
+    sink = tracking.MlflowSink(uri or tracking.default_uri(root), make_report=_report_in_folder)
     for store in find_runs(runs):
         typer.echo(f"{store.folder}: {sink.sync(store)}")
 
@@ -408,8 +408,16 @@ def _place(out: Path, device: str, mlflow: str, *, checkpoint_seconds: float = 6
         from clbench import tracking
 
         uri = tracking.uri_of_mode(mlflow, out)
-        sinks = (tracking.MlflowSink(uri).safe_sync,) if uri else ()
+        sinks = (tracking.MlflowSink(uri, make_report=_report_in_folder).safe_sync,) if uri else ()
     return Place(runs_root=out, device=device, sinks=sinks, checkpoint_seconds=checkpoint_seconds, command=command)
+
+
+def _report_in_folder(store: RunStore) -> Path:
+    """Write the report of one run into its folder, for MLflow to attach."""
+    from clbench import registry
+
+    path: Path = registry.tool("report").build_report([store], store.folder / "report.html")
+    return path
 
 
 def _checkpoint_pairs(texts: Sequence[str]) -> dict[int, str]:

@@ -448,14 +448,23 @@ class MlflowSink:
     Uses ``MlflowClient`` with explicit run ids, never MLflow's active run: a user's own code keeps it.
     """
 
-    def __init__(self, uri: str, *, experiment: str | None = None, warn: Callable[[str], None] = _to_stderr) -> None:
+    def __init__(
+        self,
+        uri: str,
+        *,
+        experiment: str | None = None,
+        warn: Callable[[str], None] = _to_stderr,
+        make_report: Callable[[RunStore], Path] | None = None,
+    ) -> None:
         """Remember the target; nothing is imported or opened yet.
 
         Args:
             uri: tracking URI: ``sqlite:///PATH`` or a server.
             experiment: name of the experiment; ``clbench/<track>-v<version>`` unless given.
             warn: takes the one line that ``safe_sync`` says when MLflow fails.
+            make_report: writes the report of a finished run, which is then attached.
         """
+        self._make_report = make_report
         self.uri, self.experiment = uri, experiment
         self._warn, self._warned = warn, False
         self._client: Any = None
@@ -493,6 +502,8 @@ class MlflowSink:
             with self._lock(store):
                 client = self._connect()
                 experiment_id = self._experiment_id(client, self.experiment or plan.experiment)
+                if report is None and self._make_report is not None and store.status()["state"] == "done":
+                    report = self._make_report(store)
                 return _sync_runs(client, experiment_id, plan, store, report)
         except ClbenchError:
             raise

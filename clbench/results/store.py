@@ -7,6 +7,7 @@
     steps.jsonl               one line per logged optimizer step (StepLine)
     status.json               state: running, done or failed, and why
     release/stage-03/         release weights as a Hugging Face folder
+    report.html               page about this run, where MLflow was told of it
     checkpoints/              resume states, see clbench.train.checkpoint
 
 Nothing here imports torch; anyone can read a run with pyarrow and a YAML parser.

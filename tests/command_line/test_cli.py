@@ -244,6 +244,9 @@ def test_mlflow_sync_twice_changes_nothing(runs: Path, tmp_path: Path) -> None:
     second = clbench("mlflow", "sync", runs / "tiny" / "sequential", "--root", tmp_path)
     assert second.code == 0, second.err
     assert (tmp_path / "mlflow.db").is_file()
+    reports = list((tmp_path / "mlflow-artifacts").rglob("report.html"))
+    assert len(reports) == len(list((runs / "tiny" / "sequential").iterdir()))
+    assert "sequential" in reports[0].read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
