@@ -24,7 +24,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from clbench.errors import ConfigError, NotFoundError, did_you_mean
-from clbench.files import sha256_bytes
+from clbench.files import sha256_bytes, sha256_file
 from clbench.method import Method, option_fields
 from clbench.stream import StreamSource
 from clbench.suite import Suite
@@ -170,7 +170,12 @@ class Component:
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON-able form that stands in ``run.yaml``."""
         values = {key: getattr(self.method.options, key) for key in option_fields(type(self.method))}
-        return {"name": self.name, "target": self.target, "options": values}
+        found = {"name": self.name, "target": self.target, "options": values}
+        module = sys.modules[type(self.method).__module__]
+        if module.__name__.startswith(f"{PACKAGES['methods']}.") or module.__file__ is None:
+            return found
+        # An edited file is another method: its runs must not go on in, or be taken for, those of the old one.
+        return {**found, "source_sha256": sha256_file(Path(module.__file__))}
 
 
 def make_method(spec: str) -> Component:

@@ -231,6 +231,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
         "stream": lambda c: c["track"]["stream_sha256"][:12],
         "method": lambda c: c["method"]["label"],
         "method options": lambda c: str([part["options"] for part in c["method"]["components"]]),
+        "method source": lambda c: [part.get("source_sha256", "")[:12] for part in c["method"]["components"]],
         "seed": lambda c: c["seed"],
         "base": lambda c: c["base"]["weights_sha256"][:12],
         "precision": lambda c: c["environment"]["precision"],

@@ -358,3 +358,14 @@ def test_a_really_full_and_a_really_read_only_disk(tiny: Path, tmp_path: Path) -
     assert {size["n_saved"] for size in found["sizes"].values()} >= {0, 2}, "the disk ended at one place only"
     assert found["read_only"]["code"] == 2
     assert "this place cannot be written" in found["read_only"]["error"]
+
+
+def test_an_edited_method_file_is_another_run(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    code = "from clbench.method import Method\n\nclass Mine(Method):\n    '''Does {}.'''\n"
+    file.write_text(code.format("this"), encoding="utf-8")
+    arguments = ("run", "-t", tiny, "-m", file, "--out", tmp_path / "runs", "--mlflow", "none")
+    assert clbench(*arguments).code == 0
+    assert clbench(*arguments).code == 0  # unchanged: the same run
+    file.write_text(code.format("that"), encoding="utf-8")
+    assert "method source" in clbench(*arguments).error

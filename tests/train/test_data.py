@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from clbench.errors import ConfigError
 from clbench.method import Stage
-from clbench.methods.replay import Replay, new_share
 from clbench.stream import Stream
 from clbench.train.data import IGNORE, DataOrder, allocate
 
@@ -35,35 +34,6 @@ def test_allocation_is_exact_and_off_by_less_than_one_token(n_tokens: int, weigh
     quota = allocate(n_tokens, shares)
     assert sum(quota.values()) == n_tokens
     assert all(abs(quota.get(i, 0) - n_tokens * share) < 1 + 1e-6 for i, share in shares.items())
-
-
-@pytest.mark.parametrize(
-    ("fraction", "expected"),
-    [
-        # TiC-LM, research notes 2.5: cumulative tokens of month t after 114 months, in units of the month budget.
-        ("1/t", {2: 4.32, 10: 2.49, 30: 1.36, 57: 0.71, 100: 0.14, 114: 0.009}),
-        ("1/2", {2: 2.65, 10: 1.74, 30: 1.17, 57: 0.85, 100: 0.57, 114: 0.50}),
-    ],
-)
-def test_replay_ledger_matches_the_check_vector(fraction: str, expected: dict[int, float]) -> None:
-    budget = 1_000_000
-    replay = Replay(Replay.Options(fraction=fraction))
-    total: dict[int, int] = {}
-    for index in range(1, 114):
-        mixture = replay.plan(stage(index)).mixture
-        assert mixture is not None
-        quota = allocate(budget, mixture)
-        assert sum(quota.values()) == budget
-        for source, n in quota.items():
-            total[source] = total.get(source, 0) + n
-    for month, units in expected.items():
-        assert total[month - 1] / budget == pytest.approx(units, abs=0.006 if units > 0.01 else 0.0005)
-
-
-@pytest.mark.parametrize("fraction", ["2", "-0.1", "half", "1/0", "", "nan", "inf"])
-def test_replay_refuses_what_is_no_share(fraction: str) -> None:
-    with pytest.raises(ConfigError, match="no share"):
-        new_share(fraction, 3)
 
 
 def order(stream: Stream, mixture: dict[int, float], n_tokens: int = 2777, seed: int = 0, index: int = 2) -> DataOrder:
