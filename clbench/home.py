@@ -26,6 +26,16 @@ def streams_folder() -> Path:
     return home() / "streams"
 
 
+def specifications_folder() -> Path:
+    """Stream specifications that ``clbench stream build`` made, by name."""
+    return home() / "specifications"
+
+
+def sources_folder() -> Path:
+    """Documents that were brought here to build streams from (from files, from the hub), one folder per source."""
+    return home() / "sources"
+
+
 def bases_folder() -> Path:
     """Base checkpoints, one folder per track and digest."""
     return home() / "bases"

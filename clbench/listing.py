@@ -16,6 +16,7 @@ from rich.table import Table
 from clbench import registry
 from clbench.errors import ClbenchError, NotFoundError, did_you_mean
 from clbench.results.store import RunStore, find_runs
+from clbench.specification import read_specification
 
 if TYPE_CHECKING:
     from clbench.results.summary import Comparison, Difference, MethodSummary, Score
@@ -41,22 +42,28 @@ def _entries(kind: str) -> list[dict[str, Any]]:
         tracks = [registry.load_track(name) for name in registry.track_names()]
         return [{"name": t.name, "about": t.description, "version": t.version, "stream": t.stream} for t in tracks]
     entries = []
+    if kind == "streams":
+        found = registry.specifications()
+        specified = {name: read_specification(path) for name, path in found.items()}
+        entries = [{"name": name, "about": one.description or f"of {one.source}"} for name, one in specified.items()]
     for name in registry.names(kind):  # type: ignore[arg-type]
         cls = registry.load_class(kind, name)  # type: ignore[arg-type]
         entry: dict[str, Any] = {"name": name, "about": first_sentence(cls)}
-        if kind == "methods":
+        if kind in ("methods", "streams"):
             entry["options"] = [
                 {
                     "name": f.name,
                     "type": str(f.type),
-                    "default": f.default,
+                    "default": None if f.default is dataclasses.MISSING else f.default,
+                    "required": f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING,
                     "help": docs_of_fields(cls.Options).get(f.name, ""),
                 }
                 for f in dataclasses.fields(cls.Options)
             ]
+        if kind == "methods":
             entry["needs"] = sorted(cls.needs)
         entries.append(entry)
-    return entries
+    return sorted(entries, key=lambda entry: str(entry["name"]))
 
 
 def first_sentence(cls: type) -> str:
@@ -120,7 +127,8 @@ def show(found: dict[str, list[dict[str, Any]]]) -> None:
         for entry in entries:
             table.add_row(entry["name"], entry["about"])
             for option in entry.get("options", []):
-                table.add_row("", f"{option['name']}={option['default']}  {option['help']}", style="dim")
+                value = "(required)" if option["required"] else option["default"]
+                table.add_row("", f"{option['name']}={value}  {option['help']}", style="dim")
         if not entries:
             table.add_row("none", "")
         console.print(table)

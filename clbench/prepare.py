@@ -19,14 +19,15 @@ def prepare(target: str, *, device: str = "auto") -> dict[str, Any]:
         IntegrityError: a file is not what its manifest pins.
     """
     start = time.perf_counter()
-    is_track = target.endswith((".yaml", ".yml")) or registry.canonical(target) in registry.track_names()
-    if is_track:
+    if registry.canonical(target) in registry.track_names():
         made = _prepare_track(target, device)
-    elif registry.canonical(target) in registry.names("streams") or "." in target or "/" in target:
+    elif registry.is_stream(target):
         stream = build.build_stream(registry.make_stream_source(target))
         made = {"stream": _about(stream)}
+    elif target.endswith((".yaml", ".yml")):
+        made = _prepare_track(target, device)
     else:
-        known = {*registry.track_names(), *registry.names("streams")}
+        known = {*registry.track_names(), *registry.stream_names()}
         raise NotFoundError(f"unknown track or stream {target!r}", mend=did_you_mean(target, known))
     made["seconds"] = round(time.perf_counter() - start, 1)
     console.say(f"{target} is ready ({made['seconds']} s)")

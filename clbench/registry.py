@@ -1,8 +1,9 @@
 """Finds content by name: built-in folders, entry points of installed packages, and file or module paths.
 
 A name is a file's name (``replay`` is ``methods/replay.py``; ``-`` and ``_`` are the same); there is no registration
-step. ``my/file.py``, ``my/file.py:Class`` and ``package.module:Class`` work wherever a name does. Nothing is imported
-before it is asked for. This is the only place where the engine reaches content.
+step. ``my/file.py``, ``my/file.py:Class`` and ``package.module:Class`` work wherever a name does; a stream may also be a
+YAML specification (``clbench.specification``), by name or path. Options follow a colon: ``NAME:option=value,option=value``.
+Nothing is imported before it is asked for. This is the only place where the engine reaches content.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import importlib.util
 import pkgutil
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -26,6 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 from clbench.errors import ConfigError, NotFoundError, did_you_mean
 from clbench.files import sha256_bytes, sha256_file
 from clbench.method import Method, option_fields
+from clbench.specification import StreamSpecification, read_specification, saved_specifications
 from clbench.stream import StreamSource
 from clbench.suite import Suite
 from clbench.track import Track
@@ -106,7 +108,8 @@ def load_class(kind: Kind, target: str) -> Any:
     name = canonical(target)
     entry = _available(kind).get(name)
     if entry is None:
-        raise NotFoundError(f"unknown {kind.rstrip('s')} {target!r}", mend=did_you_mean(name, names(kind)))
+        known = stream_names() if kind == "streams" else names(kind)
+        raise NotFoundError(f"unknown {kind.rstrip('s')} {target!r}", mend=did_you_mean(name, known))
     if isinstance(entry, EntryPoint):
         loaded = entry.load()
         return loaded if isinstance(loaded, type) else _pick(loaded, base, "", name=name)
@@ -185,33 +188,45 @@ def make_method(spec: str) -> Component:
         NotFoundError: unknown name.
         ConfigError: unknown option, or a value of the wrong type.
     """
+    target, given = _split(spec, "method")
+    return build_component(target, given)
+
+
+def _split(spec: str, kind: str) -> tuple[str, dict[str, Any]]:
+    """Return the target and the options of ``TARGET:option=value,option=value``."""
     match = SPEC.fullmatch(spec)
     if match is None:
-        raise ConfigError(f"method {spec!r} cannot be read", mend="write NAME or NAME:option=value,option=value")
-    target = match["target"]
+        raise ConfigError(f"{kind} {spec!r} cannot be read", mend="write NAME or NAME:option=value,option=value")
     given = {}
     for pair in (match["options"] or "").split(",") if match["options"] else []:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"option {pair!r} has no value", where=spec, mend="write option=value")
         given[key.strip()] = value.strip()
-    return build_component(target, given)
+    return match["target"], given
 
 
 def build_component(target: str, given: dict[str, Any]) -> Component:
     """Build one method from its target and options, as ``run.yaml`` holds them."""
     cls = load_class("methods", target)
-    known = option_fields(cls)
-    for key in given:
+    return Component(name=cls.name, target=target, method=cls(_options("methods", cls, given, where=target)))
+
+
+def _options(kind: Kind, cls: type, given: dict[str, Any], *, where: str) -> Any:
+    """Return a checked ``cls.Options``; texts are read as what the field is, ``a+b`` as several values."""
+    options: type = cls.Options  # type: ignore[attr-defined]
+    known = {field.name: str(field.type) for field in fields(options)}
+    for key, value in given.items():
         if key not in known:
-            raise ConfigError(f"method {cls.name!r} has no option {key!r}", mend=did_you_mean(key, known))
+            raise ConfigError(f"{kind.rstrip('s')} {cls.name!r} has no option {key!r}", mend=did_you_mean(key, known))  # type: ignore[attr-defined]
+        if isinstance(value, str) and known[key].startswith("tuple"):
+            given = {**given, key: value.split("+")}
     try:
-        options = TypeAdapter(cls.Options).validate_python(given)
+        return TypeAdapter(options).validate_python(given)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"option {where}: {first['msg']}", where=target, mend="see `clbench list methods`") from None
-    return Component(name=cls.name, target=target, method=cls(options))
+        at = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"option {at}: {first['msg']}", where=where, mend=f"see `clbench list {kind}`") from None
 
 
 def label_of(components: Sequence[Component]) -> str:
@@ -228,10 +243,70 @@ def label_of(components: Sequence[Component]) -> str:
     return "+".join(labels)
 
 
-def make_stream_source(name: str) -> StreamSource:
-    """Return a stream source by name, file path or ``module:Class``."""
-    source: StreamSource = load_class("streams", name)()
+def make_stream_source(target: str) -> StreamSource:
+    """Return a stream source: ``NAME``, ``FILE.py[:Class]`` or ``module:Class``, with options, or a specification.
+
+    Raises:
+        NotFoundError: nothing is called so; near misses are suggested.
+        ConfigError: an option is unknown, missing or of the wrong type, or the specification cannot be used.
+    """
+    if target.endswith((".yaml", ".yml")):
+        return source_of(read_specification(Path(target).expanduser()))
+    if (path := specifications().get(canonical(target))) is not None:
+        return source_of(read_specification(path))
+    name, given = _split(target, "stream")
+    return _make_source(name, given, {})
+
+
+def source_of(specification: StreamSpecification) -> StreamSource:
+    """Return the source that a specification describes."""
+    overrides = {"name": specification.name, **specification.overrides()}
+    return _make_source(specification.source, dict(specification.options), overrides)
+
+
+def source_from_recipe(recipe: Mapping[str, Any]) -> StreamSource:
+    """Return the source that ``StreamSource.recipe`` says how to make, in another process."""
+    return _make_source(recipe["target"], dict(recipe["options"]), dict(recipe["overrides"]))
+
+
+def _make_source(target: str, given: dict[str, Any], overrides: dict[str, Any]) -> StreamSource:
+    cls = load_class("streams", target)
+    if cls.Options is StreamSource.Options and not given:
+        source: StreamSource = cls()
+    else:
+        source = cls(_options("streams", cls, given, where=target))
+    for attribute, value in overrides.items():
+        setattr(source, attribute, value)
+    source.recipe = {"target": target, "options": given, "overrides": overrides}
     return source
+
+
+def specifications() -> dict[str, Path]:
+    """Return canonical name -> file of the stream specifications that are known by name.
+
+    A YAML file in ``streams/`` that has a Python file of the same name beside it is that one's data.
+    """
+    folder = Path(str(next(iter(importlib.import_module(PACKAGES["streams"]).__path__))))
+    built_in = {canonical(p.stem): p for p in sorted(folder.glob("*.yaml")) if not p.with_suffix(".py").is_file()}
+    saved = {canonical(name): path for name, path in saved_specifications().items()}
+    return saved | built_in
+
+
+def stream_names() -> list[str]:
+    """Return the names of all streams that need no path: classes and specifications, sorted."""
+    return sorted({*names("streams"), *specifications()})
+
+
+def is_stream(target: str) -> bool:
+    """Return whether a target can only be a stream: a known name, Python code, or a YAML file that names a source."""
+    if target.endswith((".yaml", ".yml")):
+        try:
+            content = yaml.safe_load(Path(target).expanduser().read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            return False  # read again as a track, which says what is wrong
+        return isinstance(content, dict) and "source" in content
+    name = target.partition(":")[0]
+    return canonical(name) in stream_names() or "." in name or "/" in name
 
 
 def make_suite(name: str, stream: Any) -> Suite:

@@ -6,18 +6,20 @@ and a manifest; a *Stream* reads that folder. Sources may use the network while 
 Layout of a built stream (every file but the manifest is listed there with its sha256; the manifest is written last):
 
     manifest.json                                        see Manifest
-    documents/split=train/stage=00/part-0.parquet        columns DOCUMENT_COLUMNS
+    documents/split=train/stage=00/part-0.parquet …      columns DOCUMENT_COLUMNS; the parts are read in order
     documents/split=heldout/stage=00/part-0.parquet
     tokenizer/                                           loadable by transformers.AutoTokenizer
     tokens/train-00.bin  train-00.offsets.npy            uint16 or uint32 token ids, document starts (int64, n+1)
     tokens/train-00.json                                 what the two hold: tokenizer, counts, type, EOS policy
     tokens/heldout-00.bin ...                            every document is followed by one EOS
+    extras/NAME                                          what a suite of this stream needs besides, see ``extras``
 """
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from clbench.errors import IntegrityError, NotFoundError
+from clbench.errors import IntegrityError, NeedError, NotFoundError
 from clbench.files import read_json, sha256_file
 
 if TYPE_CHECKING:
@@ -68,13 +70,26 @@ class StreamSource(ABC):
     ``settings`` are hashed into the address of the built stream: whatever changes the documents belongs in them.
     """
 
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """A docstring under each field is its help text."""
+
     name: str
     heldout_fraction: float = 0.1
     """Share of document identities (by hash of the id) that never train."""
     heldout_max_documents: int | None = None
     """Per stage; the identities with the smallest hashes are kept."""
+    heldout_max_per_group: int | None = None
+    """Per stage and group, likewise, so that every group has a matrix of its own."""
     vocab_size: int = 4096
     """Of the byte-level BPE that is trained on stage 0."""
+    tokenizer: str | None = None
+    """A tokenizer to use instead: ``stream:NAME`` (that of another built stream), or a folder with tokenizer.json."""
+    recipe: Mapping[str, Any] | None = None
+    """What the registry made this source from, so that worker processes can make it again; None: no workers."""
+
+    def __init__(self, options: Any = None) -> None:
+        self.options: Any = options if options is not None else self.Options()
 
     @abstractmethod
     def stages(self) -> list[StageInfo]:
@@ -90,6 +105,18 @@ class StreamSource(ABC):
     @abstractmethod
     def documents(self, stage: int) -> Iterator[Document]:
         """Yield the documents of one stage, in an order that is the same on every machine."""
+
+    def n_parts(self, stage: int) -> int:
+        """Return into how many parts a stage falls; parts are read in parallel and are what a cut build resumes at."""
+        return 1
+
+    def part(self, stage: int, part: int) -> Iterator[Document]:
+        """Yield one part; the parts one after another are ``documents(stage)``."""
+        return self.documents(stage)
+
+    def extras(self) -> dict[str, bytes]:
+        """Return files, by name, that a suite of this stream needs besides: questions with known answers, say."""
+        return {}
 
 
 class Stream:
@@ -161,7 +188,84 @@ class Stream:
 
     def documents(self, split: Split, stage: int, columns: list[str] | None = None) -> pa.Table:
         """Return the documents of one split of a stage in packed order, with DOCUMENT_COLUMNS or some of them."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
+        parts = self.document_files(split, stage)
+        return pa.concat_tables([pq.read_table(path, columns=columns, partitioning=None) for path in parts])
+
+    def document_batches(
+        self, split: Split, stage: int, columns: list[str] | None = None, *, n_rows: int = 1024
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the same documents in batches of at most ``n_rows``: bounded memory for stages of any size."""
+        import pyarrow.parquet as pq
+
+        for path in self.document_files(split, stage):
+            with pq.ParquetFile(path) as file:
+                yield from file.iter_batches(batch_size=n_rows, columns=columns)
+
+    def document_files(self, split: Split, stage: int) -> list[Path]:
+        """Return the Parquet files of one split of a stage, in order."""
         folder = self.folder / "documents" / f"split={split}" / f"stage={stage:02d}"
-        return pq.read_table(folder / "part-0.parquet", columns=columns, partitioning=None)
+        return sorted(folder.glob("part-*.parquet"), key=lambda path: int(path.stem.removeprefix("part-")))
+
+    def extra(self, name: str) -> bytes:
+        """Return the content of a file that the source gave besides its documents.
+
+        Raises:
+            NotFoundError: the stream has no such file.
+        """
+        path = self.folder / "extras" / name
+        if not re.fullmatch(r"[\w.-]+", name) or f"extras/{name}" not in self.manifest["files"]:
+            raise NotFoundError(
+                f"stream {self.name!r} holds no {name}", where=self.folder, mend="measure it on a stream that has it"
+            )
+        return path.read_bytes()
+
+    def until(self, stage: int) -> Stream:
+        """Return this stream as it looks when ``stage`` is the newest: what comes later cannot be read."""
+        return _Past(self, stage)
+
+
+class _Past(Stream):
+    """A stream whose stages after ``last`` have not happened yet."""
+
+    def __init__(self, stream: Stream, last: int) -> None:
+        self.folder, self.manifest, self.name, self.sha256 = stream.folder, stream.manifest, stream.name, stream.sha256
+        self.last = last
+        self.manifest = {**stream.manifest, "stages": stream.manifest["stages"][: last + 1]}
+
+    def _past(self, stage: int) -> None:
+        if not 0 <= stage <= self.last:
+            raise NeedError(
+                f"stage {stage} of stream {self.name!r} has not happened yet",
+                where=f"stage {self.last}",
+                mend="read this and earlier stages only",
+            )
+
+    def counts(self, split: Split, stage: int) -> dict[str, int]:
+        self._past(stage)
+        return super().counts(split, stage)
+
+    def tokens(self, split: Split, stage: int) -> NDArray[np.unsignedinteger[Any]]:
+        self._past(stage)
+        return super().tokens(split, stage)
+
+    def offsets(self, split: Split, stage: int) -> NDArray[np.int64]:
+        self._past(stage)
+        return super().offsets(split, stage)
+
+    def document_files(self, split: Split, stage: int) -> list[Path]:
+        self._past(stage)
+        return super().document_files(split, stage)
+
+    def extra(self, name: str) -> bytes:
+        raise NeedError(
+            f"extra file {name!r} of stream {self.name!r} tells what comes later",
+            where=f"stage {self.last}",
+            mend="methods learn from documents only",
+        )
+
+    def until(self, stage: int) -> Stream:
+        self._past(stage)
+        return super().until(stage)
