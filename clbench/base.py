@@ -189,7 +189,7 @@ def train_from_scratch(
                 model=model,
                 method=Composed([FromScratch(mixture)]),
                 stages=[stage],
-                training=track.training,
+                training=track.training.of_base(),
                 seed=seed,
                 hardware=hardware,
                 finish_stage=lambda stage, weights, n_steps, ledger: steps.append(n_steps),

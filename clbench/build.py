@@ -1,56 +1,50 @@
 """Build a stream: documents of a source in, Parquet, a tokenizer, packed tokens and a manifest out.
 
-The steps, top to bottom in ``_build``: read and check every stage, split by identity, find duplicates, train
-the tokenizer on stage 0, tokenise and write. Layout and columns: ``clbench.stream``. The folder appears in
-one rename when it is complete. What a document is, and where it comes from, is left to the source.
+The steps, top to bottom in ``_build``: read and check the documents, split them by identity, find duplicates, train
+the tokenizer on stage 0, tokenise and write, join. Reading and tokenising fall into tasks of some tens of megabytes
+that worker processes share (``clbench.workers``); what a task has written stays when a build is cut, and the next
+one goes on from there. Files: ``clbench.stream`` (the result), ``clbench.parts`` (between reading and writing).
+Streams derived from other streams: ``clbench.derive``. What a document is, is left to the source.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from datetime import date
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from clbench import home
-from clbench.duplicates import PARAMETERS, DuplicateIndex, near_duplicates, near_repeats
-from clbench.errors import ClbenchError, ConfigError
-from clbench.files import (
-    atomic_folder,
-    canonical_json,
-    digest_of,
-    exclusive,
-    explain_os_errors,
-    read_json,
-    sha256_bytes,
-    sha256_file,
-)
-from clbench.stream import DOCUMENT_COLUMNS, Change, Document, Split, StageInfo, Stream, StreamSource
+from clbench import console, derive, home, packing, registry, workers
+from clbench.derive import StreamTransform
+from clbench.duplicates import PARAMETERS
+from clbench.encoding import encode_batches
+from clbench.errors import ClbenchError, ConfigError, NotFoundError
+from clbench.files import digest_of, exclusive, explain_os_errors, fsync, read_json, sha256_file
+from clbench.packing import FORMAT, SPLITS, PieceWriter, TokenizerFacts
+from clbench.parts import HELDOUT, TRAIN, Part, check_once, is_date, read_part
+from clbench.splitting import StageSplit, split_stages
+from clbench.stream import Split, StageInfo, Stream, StreamSource
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from tokenizers import Tokenizer
 
 BUILDER_VERSION = 1
-"""Part of every stream's address: raise it whenever the same source would give other bytes."""
-FORMAT = 1
-EOS = "<|endoftext|>"
-EOS_POLICY = "one after every document"
-SPLITS: tuple[Split, ...] = get_args(Split)
+"""Part of every stream's address: raise it whenever the same source would give other content."""
 LOCK_SECONDS = 3600.0
-BATCH_DOCUMENTS = 1024
-ROW_GROUP_ROWS = 65_536
+PIECE_BYTES = 64 << 20
+"""Text that one task tokenises: small parts of a stage are taken together."""
+TALKATIVE_SECONDS = 5.0
+"""A build that took longer says how fast it was."""
 
 Step = Callable[[str], None]
 
@@ -69,11 +63,16 @@ def _folder(source: StreamSource, address: str) -> Path:
     return home.streams_folder() / f"{source.name}-{address[:12]}"
 
 
-def build_stream(source: StreamSource, *, progress: bool = True) -> Stream:
+def build_stream(source: StreamSource, *, progress: bool = True, n_workers: int | None = None) -> Stream:
     """Build a stream, or return it at once if it is already there complete.
 
     Two processes may ask for the same stream: the second waits for the first. A kill or a full disk leaves no
-    folder that looks complete.
+    folder that looks complete; after a kill the next build goes on with what was done.
+
+    Args:
+        source: where the documents come from.
+        progress: show a bar on a terminal.
+        n_workers: processes that read and tokenise, None for what fits this machine; any number gives the same stream.
 
     Raises:
         ConfigError: the source breaks its contract (names, dates, an id twice in a stage, an empty stage).
@@ -94,11 +93,58 @@ def build_stream(source: StreamSource, *, progress: bool = True) -> Stream:
         with lock:
             if (stream := _complete(folder, address)) is not None:
                 return stream
-            _remove_leftovers(folder)
+            inputs = _inputs(source, progress=progress, n_workers=n_workers)
+            if isinstance(source, StreamTransform):
+                source.open(inputs)
             source.fetch()
-            with atomic_folder(folder) as temporary, _bar(source.name, enabled=progress) as bar:
-                _build(source, temporary, bar)
+            work = folder.with_name(f".{folder.name}.building.tmp")
+            with _kept_unless_refused(work), _bar(source.name, enabled=progress) as bar:
+                about = _about(source, address)
+                if isinstance(source, StreamTransform):
+                    shutil.rmtree(work, ignore_errors=True)
+                    (work / "out").mkdir(parents=True)
+                    derive.write_derived(source, work / "out", about, bar)
+                else:
+                    _build(source, work, about, bar, n_workers or workers.default_workers())
+                _publish(work / "out", folder)
     return Stream(folder)
+
+
+def _inputs(source: StreamSource, *, progress: bool, n_workers: int | None) -> list[Stream]:
+    """Build the streams that a source is made of: a transform's inputs; another stream's tokenizer."""
+    build = partial(build_stream, progress=progress, n_workers=n_workers)
+    if isinstance(source, StreamTransform):
+        return [build(registry.make_stream_source(target)) for target in source.sources()]
+    if (lender := _tokenizer_lender(source)) is not None:
+        build(lender)
+    return []
+
+
+def _tokenizer_lender(source: StreamSource) -> StreamSource | None:
+    """Return the stream whose tokenizer a source uses, if it says ``stream:NAME``."""
+    kind, _, target = (source.tokenizer or "").partition(":")
+    return registry.make_stream_source(target) if kind == "stream" else None
+
+
+@contextmanager
+def _kept_unless_refused(work: Path) -> Iterator[None]:
+    """Keep the work folder of a build that was cut; remove that of one that is done or that cannot be done."""
+    try:
+        with explain_os_errors(work):
+            yield
+    except ClbenchError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _publish(out: Path, folder: Path) -> None:
+    """Give the finished folder its name in one rename."""
+    for file in sorted(out.rglob("*")):
+        fsync(file)
+    shutil.rmtree(folder, ignore_errors=True)  # incomplete, or it would have been returned
+    out.replace(folder)
+    fsync(folder.parent)
 
 
 def _address(source: StreamSource) -> str:
@@ -113,12 +159,9 @@ def _address(source: StreamSource) -> str:
             where=source.name,
             mend="choose one between 0 and 1",
         )
-    if source.heldout_max_documents is not None and source.heldout_max_documents < 1:
-        raise ConfigError(
-            f"heldout_max_documents is {source.heldout_max_documents}",
-            where=source.name,
-            mend="choose at least 1",
-        )
+    for setting in ("heldout_max_documents", "heldout_max_per_group"):
+        if (value := getattr(source, setting)) is not None and value < 1:
+            raise ConfigError(f"{setting} is {value}", where=source.name, mend="choose at least 1")
     if source.vocab_size < 257:
         raise ConfigError(
             f"vocab_size is {source.vocab_size}",
@@ -137,12 +180,44 @@ def _address(source: StreamSource) -> str:
 
 def _settings(source: StreamSource) -> dict[str, Any]:
     """Return the settings that decide the content, as they stand in the manifest."""
-    return {
-        "name": source.name,
-        "source": source.settings(),
+    settings: dict[str, Any] = {"name": source.name, "source": source.settings()}
+    if isinstance(source, StreamTransform):
+        return settings  # the split and the tokenizer are those of its inputs
+    settings |= {
         "heldout_fraction": source.heldout_fraction,
         "heldout_max_documents": source.heldout_max_documents,
         "vocab_size": source.vocab_size,
+    }
+    if source.heldout_max_per_group is not None:
+        settings["heldout_max_per_group"] = source.heldout_max_per_group
+    if source.tokenizer is not None:
+        settings["tokenizer"] = _tokenizer_identity(source)
+    return settings
+
+
+def _tokenizer_identity(source: StreamSource) -> str:
+    """Return what decides a tokenizer that is not trained here: its stream's address, or its file's digest."""
+    if (lender := _tokenizer_lender(source)) is not None:
+        return _address(lender)
+    path = Path(str(source.tokenizer)).expanduser() / "tokenizer.json"
+    if not path.is_file():
+        raise NotFoundError(
+            f"tokenizer {source.tokenizer!r} is neither `stream:NAME` nor a folder with a tokenizer.json",
+            where=source.name,
+            mend="save it with save_pretrained and name the folder",
+        )
+    return sha256_file(path)
+
+
+def _about(source: StreamSource, address: str) -> dict[str, Any]:
+    """Return what the manifest says about where a stream comes from."""
+    settings = _settings(source)
+    return {
+        "name": source.name,
+        "address": address,
+        "builder": BUILDER_VERSION,
+        "settings": settings,
+        "duplicates": PARAMETERS,
     }
 
 
@@ -156,58 +231,60 @@ def _complete(folder: Path, address: str) -> Stream | None:
     return Stream(folder) if fits and manifest.get("address") == address else None
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Delete what a killed build of this stream left beside its folder (the lock is held)."""
-    for path in folder.parent.glob(f".{folder.name}.*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+# --- the whole build ----------------------------------------------------------------------------------------
 
 
-def _build(source: StreamSource, folder: Path, bar: Bar) -> None:
-    """Write the whole stream into an empty folder, the manifest last."""
+def _build(source: StreamSource, work: Path, about: dict[str, Any], bar: Bar, n_workers: int) -> None:
+    """Write the whole stream into ``work / "out"``, the manifest last; ``work`` may hold what was done before a cut."""
+    clock = _Clock()
     stages = _checked_stages(source)
-    bar.total(2 * len(stages) + 2)
-    scratch = folder / "scratch"
-    scratch.mkdir()
-    index = DuplicateIndex()
-    read = []
-    for stage in stages:
-        bar.step(f"reading stage {stage.name}")
-        read.append(_read_stage(source, stage, index, scratch))
+    parts = [Part(work, stage.index, i) for stage in stages for i in range(source.n_parts(stage.index))]
+    out = work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    bar.total(2 * len(parts) + 2)
+    _read_all(source, stages, parts, work, bar, n_workers)
+    clock.lap("read")
     bar.step("comparing train and held-out")
-    _drop_duplicates(read, index, source.heldout_max_documents)
-    bar.step("training the tokenizer on stage 0")
-    tokenizer = _train_tokenizer(_kept_texts(read[0], "train"), source.vocab_size)
-    about = _save_tokenizer(tokenizer, folder / "tokenizer")
+    held = [StageSplit(info, [part for part in parts if part.stage == info.index]) for info in stages]
+    split_stages(held, source)
+    _check_filled(held)
+    clock.lap("compare")
+    bar.step("preparing the tokenizer")
+    facts = _make_tokenizer(source, held[0], out / "tokenizer")
+    clock.lap("tokenizer")
+    pieces = _pack_all(held, out / "tokenizer", facts, work, bar, n_workers)
+    clock.lap("pack")
     entries, contents = [], []
-    for stage_read in read:
-        bar.step(f"tokenising stage {stage_read.stage.name}")
-        entry, content = _write_stage(stage_read, tokenizer, about, folder)
+    for stage in held:
+        entry, content = _join_stage(stage, pieces[stage.info.index], work, facts)
         entries.append(entry)
         contents.append(content)
-    shutil.rmtree(scratch)
-    _write_manifest(source, folder, about, entries, contents)
+    packing.write_extras(source.extras(), out)
+    packing.write_manifest(out, about=about, facts=facts, entries=entries, contents=contents, seconds=clock.seconds)
+    _say_throughput(source.name, sum(part.counts["n_bytes"] for part in parts), clock, n_workers)
 
 
-# --- reading ------------------------------------------------------------------------------------------------
+class _Clock:
+    """Seconds of each phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Note the time since the last lap."""
+        now = time.perf_counter()
+        self.seconds[name], self._last = round(now - self._last, 2), now
 
 
-@dataclass
-class _Read:
-    """One stage between reading and writing. The rows stand in ``path``; arrays have one element per row."""
-
-    stage: StageInfo
-    path: Path
-    id_hash: NDArray[np.uint64]
-    heldout: NDArray[np.bool_]
-    number: NDArray[np.int64]
-    """Of the normalised text in the DuplicateIndex."""
-    keep: NDArray[np.bool_]
-    extra: dict[Split, dict[str, int]] = field(default_factory=dict)
-    """Counts of duplicates for the manifest."""
-
-    def kept(self, split: Split) -> NDArray[np.bool_]:
-        """Return the mask of the rows that this split ends up with."""
-        return self.keep & (self.heldout if split == "heldout" else ~self.heldout)
+def _say_throughput(name: str, n_bytes: int, clock: _Clock, n_workers: int) -> None:
+    total = sum(clock.seconds.values())
+    if total < TALKATIVE_SECONDS:
+        return
+    rates = ", ".join(f"{phase} {n_bytes / 1e6 / s:.1f}" for phase, s in clock.seconds.items() if s > 0)
+    console.say(
+        f"{name}: {n_bytes / 1e6:,.0f} MB of text in {total:,.0f} s (MB/s with up to {n_workers} processes: {rates})"
+    )
 
 
 def _checked_stages(source: StreamSource) -> list[StageInfo]:
@@ -222,7 +299,7 @@ def _checked_stages(source: StreamSource) -> list[StageInfo]:
     if len({s.name for s in stages}) < len(stages):
         raise ConfigError("two stages have the same name", where=source.name, mend="give each its own")
     for stage in stages:
-        if not (_is_date(stage.start) and _is_date(stage.end) and stage.start <= stage.end):
+        if not (is_date(stage.start) and is_date(stage.end) and stage.start <= stage.end):
             raise ConfigError(
                 f"the dates {stage.start!r} to {stage.end!r} are not a period",
                 where=f"{source.name} stage {stage.name}",
@@ -231,342 +308,187 @@ def _checked_stages(source: StreamSource) -> list[StageInfo]:
     return stages
 
 
-def _is_date(text: str) -> bool:
-    """Tell whether a text starts with an ISO-8601 date that exists."""
-    try:
-        date.fromisoformat(text[:10])
-    except ValueError:
-        return False
-    return True
+# --- tasks, in this process or in workers -------------------------------------------------------------------
 
 
-def identity_hash(document_id: str) -> int:
-    """Return 64 bits of the SHA-256 of an identity; they decide its split in every stage of every stream."""
-    return int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8], "big")
+def run_task(task: workers.Task) -> None:
+    """Run one task in a worker process; the source is made again from its recipe."""
+    with explain_os_errors(Path(task["work"])):
+        if task["do"] == "read":
+            _read(task, _source_again(json.dumps(task["recipe"]), task["settings_sha256"]))
+        else:
+            _pack(task)
 
 
-def _read_stage(source: StreamSource, stage: StageInfo, index: DuplicateIndex, scratch: Path) -> _Read:
-    """Read and check the documents of one stage and set them down in a scratch file."""
-    documents = []
-    seen: set[str] = set()
-    for document in source.documents(stage.index):
-        _check_document(document, seen, f"{source.name} stage {stage.name}")
-        seen.add(document.id)
-        documents.append(document)
-    id_hash = np.array([identity_hash(d.id) for d in documents], np.uint64)
-    path = scratch / f"{stage.index:02d}.parquet"
-    _write_parquet(_table(documents), path)
-    return _Read(
-        stage=stage,
-        path=path,
-        id_hash=id_hash,
-        heldout=id_hash < np.uint64(int(source.heldout_fraction * 2.0**64)),
-        number=index.add([d.text for d in documents]),
-        keep=np.ones(len(documents), bool),
-    )
-
-
-def _check_document(document: Document, seen: set[str], where: str) -> None:
-    """Refuse a document that breaks the contract, saying which."""
-    problem = None
-    if not document.id or document.id in seen:
-        problem = "comes twice in one stage" if document.id else "has an empty id"
-    elif not document.text:
-        problem = "has no text"
-    elif document.change not in get_args(Change):
-        problem = f"has the change kind {document.change!r}, not one of {', '.join(get_args(Change))}"
-    elif not _is_date(document.date):
-        problem = f"has the date {document.date!r}, not one such as 2013-05-01"
-    else:
-        try:
-            f"{document.id}{document.text}{document.group}".encode()
-        except UnicodeEncodeError:
-            problem = "holds a lone surrogate, which is not text"
-    if problem:
+@lru_cache(maxsize=1)
+def _source_again(recipe: str, settings_sha256: str) -> StreamSource:
+    source = registry.source_from_recipe(json.loads(recipe))
+    if digest_of(source.settings()) != settings_sha256:
         raise ConfigError(
-            f"document {document.id!r} {problem}", where=where, mend="mend the source or leave it out there"
+            "a worker process made another source from the same recipe",
+            where=source.name,
+            mend="set options through the registry, or CLBENCH_WORKERS=1",
         )
+    return source
 
 
-def _table(documents: list[Document]) -> pa.Table:
-    """Return documents as a table with DOCUMENT_COLUMNS but ``n_tokens``."""
-    import pyarrow as pa
-
-    encoded = [d.text.encode() for d in documents]
-    columns = {name: pa.array([getattr(d, name) for d in documents], pa.string()) for name in DOCUMENT_COLUMNS[:5]}
-    columns["n_bytes"] = pa.array([len(e) for e in encoded], pa.int64())
-    columns["sha256"] = pa.array([sha256_bytes(e) for e in encoded], pa.string())
-    return pa.table(columns)
-
-
-def _write_parquet(table: pa.Table, path: Path) -> None:
-    """Write a table the same way every time."""
-    import pyarrow.parquet as pq
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(
-        table,
-        path,
-        compression="zstd",
-        compression_level=3,
-        version="2.6",
-        data_page_version="1.0",
-        row_group_size=ROW_GROUP_ROWS,
-        use_dictionary=["date", "group", "change"],
-        write_statistics=True,
-        store_schema=False,
+def _read_all(
+    source: StreamSource, stages: Sequence[StageInfo], parts: Sequence[Part], work: Path, bar: Bar, n_workers: int
+) -> None:
+    """Read every part that was not read before the build was cut."""
+    names = {stage.index: stage.name for stage in stages}
+    common: workers.Task = {"do": "read", "work": str(work)}
+    parallel = source.recipe is not None and n_workers > 1
+    if parallel:
+        common |= {"recipe": dict(source.recipe or {}), "settings_sha256": digest_of(source.settings())}
+    tasks: list[workers.Task] = []
+    for part in parts:
+        if part.is_read:
+            bar.step(f"stage {names[part.stage]} was read before")
+        else:
+            where = f"{source.name} stage {names[part.stage]}"
+            tasks.append(common | {"stage": part.stage, "part": part.number, "where": where})
+    workers.run_tasks(
+        tasks,
+        lambda task: _read(task, source),
+        target="clbench.build:run_task" if parallel else None,
+        n_workers=n_workers,
+        done=lambda task: bar.step(f"reading stage {names[task['stage']]}"),
     )
-
-
-def _kept_table(read: _Read, split: Split) -> pa.Table:
-    """Return the rows of one split of a stage, in the source's order."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    return pq.read_table(read.path, partitioning=None).filter(pa.array(read.kept(split)))
-
-
-def _kept_texts(read: _Read, split: Split) -> list[str]:
-    """Return the texts of one split of a stage."""
-    texts: list[str] = _kept_table(read, split)["text"].to_pylist()
-    return texts
-
-
-# --- duplicates ---------------------------------------------------------------------------------------------
-
-
-def _drop_duplicates(stages: list[_Read], index: DuplicateIndex, heldout_max: int | None) -> None:
-    """Drop from held-out what any stage trains on, exactly or nearly, then cap it; count what repeats."""
-    trained = np.unique(np.concatenate([s.number[~s.heldout] for s in stages]))
-    asked = np.setdiff1d(np.concatenate([s.number[s.heldout] for s in stages]), trained)
-    near = asked[near_duplicates(index.signatures(asked), index.signatures(trained))]
-    earlier = np.zeros(0, np.int64)
     for stage in stages:
-        exact_rows = stage.heldout & np.isin(stage.number, trained)
-        near_rows = stage.heldout & np.isin(stage.number, near)
-        stage.keep &= ~(exact_rows | near_rows)
-        n_capped = _cap(stage, heldout_max)
-        stage.extra["heldout"] = {
-            "dropped_exact": int(exact_rows.sum()),
-            "dropped_near": int(near_rows.sum()),
-            "dropped_over_cap": n_capped,
-        } | _repeats(stage, "heldout", index)
-        stage.extra["train"] = _repeats(stage, "train", index) | {
-            "repeated_from_earlier_stage": int(np.isin(stage.number[~stage.heldout], earlier).sum())
-        }
-        earlier = np.union1d(earlier, stage.number[~stage.heldout])
+        own = [part for part in parts if part.stage == stage.index]
+        check_once(own, f"{source.name} stage {stage.name}")
 
 
-def _cap(stage: _Read, heldout_max: int | None) -> int:
-    """Keep the held-out documents with the smallest identity hashes; return how many went (none trains)."""
-    rows = np.flatnonzero(stage.kept("heldout"))
-    if heldout_max is None or len(rows) <= heldout_max:
-        return 0
-    surplus = rows[np.argsort(stage.id_hash[rows], kind="stable")[heldout_max:]]
-    stage.keep[surplus] = False
-    return len(surplus)
+def _read(task: workers.Task, source: StreamSource) -> None:
+    part = Part(Path(task["work"]), task["stage"], task["part"])
+    read_part(part, source.part(part.stage, part.number), where=task["where"])
 
 
-def _repeats(stage: _Read, split: Split, index: DuplicateIndex) -> dict[str, int]:
-    """Count the kept documents of a split that repeat an earlier one of the same stage (another identity)."""
-    numbers = stage.number[stage.kept(split)]
-    unique, first = np.unique(numbers, return_index=True)
-    unique = unique[np.argsort(first)]
-    return {
-        "repeated_exact": len(numbers) - len(unique),
-        "repeated_near": int(near_repeats(index.signatures(unique)).sum()),
+def _make_tokenizer(source: StreamSource, first: StageSplit, folder: Path) -> TokenizerFacts:
+    """Put the tokenizer into the stream's folder: somebody's, or one trained on the train documents of stage 0."""
+    if (lender := _tokenizer_lender(source)) is not None:
+        packing.copy_tokenizer(Stream(stream_folder(lender)).tokenizer_folder, folder)
+        kind = f"that of stream {lender.name}"
+    elif source.tokenizer is not None:
+        packing.copy_tokenizer(Path(source.tokenizer).expanduser(), folder)
+        kind = f"the one in {Path(source.tokenizer).name}"
+    else:
+        packing.save_tokenizer(packing.train_tokenizer(_train_texts(first), source.vocab_size), folder)
+        kind = "byte-level BPE trained on the train documents of stage 0"
+    return packing.open_tokenizer(folder, kind)[1]
+
+
+def _train_texts(stage: StageSplit) -> Iterator[list[str]]:
+    for part in stage.parts:
+        for table, sides in part.tables(["text"]):
+            yield [text for text, side in zip(table["text"].to_pylist(), sides, strict=True) if side == TRAIN]
+
+
+def _pack_all(
+    stages: Sequence[StageSplit], tokenizer: Path, facts: TokenizerFacts, work: Path, bar: Bar, n_workers: int
+) -> dict[int, list[str]]:
+    """Tokenise and write every piece; returns stage -> names of its pieces, in order."""
+    names = {stage.info.index: stage.info.name for stage in stages}
+    common = {
+        "do": "pack",
+        "work": str(work),
+        "tokenizer": str(tokenizer),
+        "eos_id": facts.eos_id,
+        "dtype": facts.dtype,
     }
+    pieces: dict[int, list[str]] = {}
+    tasks: list[workers.Task] = []
+    for stage in stages:
+        here = pieces[stage.info.index] = []
+        for parts in _piecewise(stage.parts):
+            here.append(f"{parts[0].stage:02d}-{parts[0].number:04d}")
+            about = {"stage": parts[0].stage, "parts": [part.number for part in parts], "piece": here[-1]}
+            if not all(packing.is_written(_piece(work, split, here[-1])) for split in SPLITS):
+                tasks.append(common | about)
+            else:
+                for _ in parts:
+                    bar.step(f"stage {stage.info.name} was tokenised before")
+
+    def done(task: workers.Task) -> None:
+        for _ in task["parts"]:
+            bar.step(f"tokenising stage {names[task['stage']]}")
+
+    workers.run_tasks(tasks, _pack, target="clbench.build:run_task", n_workers=n_workers, done=done)
+    return pieces
 
 
-# --- tokenizer ----------------------------------------------------------------------------------------------
+def _piecewise(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """Yield neighbouring parts of a stage, together at most PIECE_BYTES of text unless one alone has more."""
+    taken: list[Part] = []
+    for part in parts:
+        if taken and sum(p.counts["n_bytes"] for p in taken) + part.counts["n_bytes"] > PIECE_BYTES:
+            yield taken
+            taken = []
+        taken.append(part)
+    if taken:
+        yield taken
 
 
-def _train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE; every byte is in its alphabet, so any text is encoded without loss."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOS],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+def _piece(work: Path, split: Split, name: str) -> Path:
+    return work / "pieces" / f"{split}-{name}"
 
 
-@dataclass(frozen=True)
-class _About:
-    """What the manifest and the sidecars say about the tokenizer."""
+def _pack(task: workers.Task) -> None:
+    """Tokenise some parts of a stage and write them as one piece of either split."""
+    tokenizer, _ = _tokenizer_at(task["tokenizer"])
+    work = Path(task["work"])
+    writers = {split: PieceWriter(_piece(work, split, task["piece"]), task["dtype"]) for split in SPLITS}
+    waiting: deque[tuple[Split, pa.Table]] = deque()
 
-    sha256: str
-    eos_id: int
-    vocab_size: int
+    def texts() -> Iterator[list[str]]:
+        for number in task["parts"]:
+            for table, sides in Part(work, task["stage"], number).tables():
+                for split, side in zip(SPLITS, (TRAIN, HELDOUT), strict=True):
+                    if (rows := np.flatnonzero(sides == side)).size:
+                        waiting.append((split, table.take(rows)))
+                        yield waiting[-1][1]["text"].to_pylist()
 
-    @property
-    def dtype(self) -> str:
-        """The smallest unsigned integer that holds every token id."""
-        return "uint16" if self.vocab_size < 1 << 16 else "uint32"
-
-
-def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> _About:
-    """Write the files that ``AutoTokenizer`` reads, without importing transformers (seconds).
-
-    ``tokenizer.json`` is laid out by our own rules, so its digest does not hang on a library's taste in JSON.
-    """
-    folder.mkdir()
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOS,
-        "clean_up_tokenization_spaces": False,
-    }
-    content = canonical_json(json.loads(tokenizer.to_str()))
-    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(canonical_json(config), encoding="utf-8")
-    (folder / "special_tokens_map.json").write_text(canonical_json({"eos_token": EOS}), encoding="utf-8")
-    eos_id = tokenizer.encode(EOS, add_special_tokens=False).ids[0]
-    return _About(sha256_bytes(content.encode()), eos_id, tokenizer.get_vocab_size())
+    for tokens, lengths in encode_batches(tokenizer, texts(), eos_id=task["eos_id"], dtype=task["dtype"]):
+        split, table = waiting.popleft()
+        writers[split].add(table, tokens, lengths)
+    for writer in writers.values():
+        writer.close()
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str], about: _About) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Return the packed tokens ``[n_tokens]`` with an EOS after every text, and the offsets ``[n + 1]``.
-
-    The text ``<|endoftext|>`` inside a document is encoded as the characters it is, never as the end of one.
-    """
-    tokenizer.encode_special_tokens = True
-    parts: list[NDArray[Any]] = []
-    lengths: list[int] = []
-    for start in range(0, len(texts), BATCH_DOCUMENTS):
-        for encoding in tokenizer.encode_batch_fast(texts[start : start + BATCH_DOCUMENTS]):
-            parts.append(np.array([*encoding.ids, about.eos_id], about.dtype))
-            lengths.append(len(parts[-1]))
-    return np.concatenate(parts), np.cumsum([0, *lengths], dtype=np.int64)
+@lru_cache(maxsize=1)
+def _tokenizer_at(folder: str) -> tuple[Any, TokenizerFacts]:
+    return packing.open_tokenizer(Path(folder), "")
 
 
-# --- writing ------------------------------------------------------------------------------------------------
-
-
-def _write_stage(
-    read: _Read, tokenizer: Tokenizer, about: _About, folder: Path
+def _join_stage(
+    stage: StageSplit, pieces: Sequence[str], work: Path, facts: TokenizerFacts
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write both splits of a stage; return its manifest entry and the digests of its content."""
-    entry: dict[str, Any] = asdict(read.stage)
+    """Join the pieces of a stage; return its manifest entry and the digests of its content."""
+    entry: dict[str, Any] = asdict(stage.info)
     changes: dict[str, dict[str, int]] = {}
     content: dict[str, dict[str, str]] = {}
     for split in SPLITS:
-        table = _kept_table(read, split)
-        if not table.num_rows:
-            raise ConfigError(
-                f"stage {read.stage.name} has no {split} documents",
-                where=f"{int(read.heldout.sum())} of {len(read.keep)} documents are held out, "
-                f"{int((~read.keep).sum())} of them dropped",
-                mend="give it more documents, or change heldout_fraction",
-            )
-        counts, digests = _write_split(table, f"{split}-{read.stage.index:02d}", split, tokenizer, about, folder)
-        entry[split] = counts | read.extra[split]
-        content[split] = digests
-        found = Counter(table["change"].to_pylist())
-        changes[split] = {kind: found[kind] for kind in get_args(Change)}
+        paths = [_piece(work, split, name) for name in pieces]
+        counts, changes[split], content[split] = packing.join(
+            paths, work / "out", split=split, stage=stage.info.index, facts=facts
+        )
+        entry[split] = counts | stage.counts[split]
     return entry | {"changes": changes}, content
 
 
-def _write_split(
-    table: pa.Table, stem: str, split: Split, tokenizer: Tokenizer, about: _About, folder: Path
-) -> tuple[dict[str, int], dict[str, str]]:
-    """Write Parquet, packed tokens, offsets and sidecar; return counts and content digests."""
-    import pyarrow as pa
-
-    tokens, offsets = _encode(tokenizer, table["text"].to_pylist(), about)
-    table = table.append_column("n_tokens", pa.array(np.diff(offsets))).select(list(DOCUMENT_COLUMNS))
-    stage = stem.rpartition("-")[2]
-    _write_parquet(table, folder / "documents" / f"split={split}" / f"stage={stage}" / "part-0.parquet")
-    counts = {
-        "n_documents": table.num_rows,
-        "n_tokens": len(tokens),
-        "n_bytes": sum(table["n_bytes"].to_pylist()),
-    }
-    sidecar = counts | {"dtype": about.dtype, "tokenizer_sha256": about.sha256, "eos": EOS_POLICY}
-    place = folder / "tokens"
-    place.mkdir(exist_ok=True)
-    # Plain writes: numpy's tofile and save lose the errno that says the disk is full.
-    (place / f"{stem}.bin").write_bytes(_little_endian(tokens))
-    (place / f"{stem}.offsets.npy").write_bytes(_npy(offsets))
-    (place / f"{stem}.json").write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
-    digests = {
-        "documents": _documents_digest(table),
-        "tokens": sha256_bytes(_little_endian(tokens)),
-        "offsets": sha256_bytes(_little_endian(offsets)),
-    }
-    return counts, digests
-
-
-def _little_endian(array: NDArray[Any]) -> bytes:
-    """Return the bytes of an integer array as every machine should store them."""
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-
-
-def _npy(array: NDArray[Any]) -> bytes:
-    """Return an array as the content of a ``.npy`` file."""
-    from io import BytesIO
-
-    buffer = BytesIO()
-    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _documents_digest(table: pa.Table) -> str:
-    """Return a digest of the rows (texts by their own digest), whatever wrote the Parquet file."""
-    digest = hashlib.sha256()
-    columns = [name for name in DOCUMENT_COLUMNS if name != "text"]
-    for row in table.select(columns).to_pylist():
-        digest.update((canonical_json([row[name] for name in columns]) + "\n").encode())
-    return digest.hexdigest()
-
-
-def _write_manifest(
-    source: StreamSource,
-    folder: Path,
-    about: _About,
-    entries: list[dict[str, Any]],
-    contents: list[dict[str, Any]],
-) -> None:
-    """Write the manifest, the last file: it lists all others."""
-    infos = [{k: e[k] for k in ("index", "name", "start", "end")} for e in entries]
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    manifest = {
-        "format": FORMAT,
-        "name": source.name,
-        "sha256": digest_of({"format": FORMAT, "tokenizer": about.sha256, "stages": infos, "contents": contents}),
-        "address": _address(source),
-        "builder": BUILDER_VERSION,
-        "settings": _settings(source),
-        "duplicates": PARAMETERS,
-        "tokenizer": {
-            "kind": "byte-level BPE trained on the train documents of stage 0",
-            "sha256": about.sha256,
-            "eos_id": about.eos_id,
-            "vocab_size": about.vocab_size,
-            "dtype": about.dtype,
-            "bos": None,
-            "eos": EOS_POLICY,
-        },
-        "stages": entries,
-        "contents": contents,
-        "files": {p.relative_to(folder).as_posix(): sha256_file(p) for p in paths},
-        "built_with": _built_with(),
-    }
-    text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    (folder / "manifest.json").write_text(text, encoding="utf-8")
-
-
-def _built_with() -> dict[str, str]:
-    """Return the versions that wrote the files; they are no part of any digest."""
-    from importlib.metadata import version
-
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in ("numpy", "pyarrow", "tokenizers")}
+def _check_filled(stages: Sequence[StageSplit]) -> None:
+    """Refuse a stage without train or without held-out documents."""
+    for stage in stages:
+        for split, side in zip(SPLITS, (TRAIN, HELDOUT), strict=True):
+            if not len(stage.rows(side)):
+                n_dropped = sum(stage.counts["heldout"][f"dropped_{kind}"] for kind in ("exact", "near", "over_cap"))
+                n_heldout = n_dropped + len(stage.rows(HELDOUT))
+                raise ConfigError(
+                    f"stage {stage.info.name} has no {split} documents",
+                    where=f"{n_heldout} of {len(stage.side)} documents are held out, {n_dropped} of them dropped",
+                    mend="give it more documents, or change heldout_fraction",
+                )
 
 
 # --- progress -----------------------------------------------------------------------------------------------

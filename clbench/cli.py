@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clbench import __version__
+from clbench.cli_stream import stream_app
 from clbench.errors import ClbenchError, ConfigError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 leaderboard_app = typer.Typer(help="Build the leaderboard page, pack and verify submissions.", no_args_is_help=True)
 mlflow_app = typer.Typer(help="Rebuild what MLflow shows from run folders.", no_args_is_help=True)
+app.add_typer(stream_app, name="stream")
 app.add_typer(leaderboard_app, name="leaderboard")
 app.add_typer(mlflow_app, name="mlflow")
 
@@ -111,12 +113,18 @@ def prepare(
         list[str] | None, typer.Argument(help="Tracks (stream and base) or streams.", show_default=NANO)
     ] = None,
     device: DeviceOption = "auto",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that build a stream.", show_default="as fit this machine")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fetch, build and train what a track needs: the only command that uses the network."""
+    """Fetch, build and train what a track needs: the only command that uses the network.
+
+    A stream may be NAME:option=value,option=value or a YAML specification, see `clbench list streams`.
+    """
     from clbench import prepare as preparing
 
-    made = [preparing.prepare(target, device=device) for target in targets or [NANO]]
+    made = [preparing.prepare(target, device=device, n_workers=workers) for target in targets or [NANO]]
     if as_json:
         print_json(made)
 

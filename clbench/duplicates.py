@@ -47,7 +47,7 @@ def words_of(text: str) -> list[str]:
 
 
 class _WordHashes(dict[str, int]):
-    """64-bit hash of every word met so far; hashing a word once keeps Python out of the inner loop."""
+    """64-bit hash of every word of some texts; hashing a word once keeps Python out of the inner loop."""
 
     def __missing__(self, word: str) -> int:
         digest = hashlib.blake2b(word.encode(), digest_size=8).digest()
@@ -55,34 +55,19 @@ class _WordHashes(dict[str, int]):
         return value
 
 
-class DuplicateIndex:
-    """The distinct normalised texts of a stream, numbered as they were first met, with their signatures."""
+def fingerprints(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+    """Return what texts are compared by: a key of the normalised text ``[n]`` and the MinHash signature ``[n, P]``.
 
-    def __init__(self) -> None:
-        self._numbers: dict[bytes, int] = {}
-        self._hashes = _WordHashes()
-        self._signatures: list[NDArray[np.uint32]] = []
-
-    def add(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """Return the number of each text's normalised form, shape ``[n]``; exact duplicates share one."""
-        numbers = np.empty(len(texts), np.int64)
-        fresh: list[list[int]] = []
-        for i, text in enumerate(texts):
-            words = words_of(text)
-            key = hashlib.sha256(" ".join(words).encode()).digest()[:16]
-            if (number := self._numbers.get(key)) is None:
-                number = self._numbers[key] = len(self._numbers)
-                fresh.append([self._hashes[word] for word in words])
-            numbers[i] = number
-        self._signatures.append(signatures(fresh))
-        return numbers
-
-    def signatures(self, numbers: NDArray[np.int64]) -> NDArray[np.uint32]:
-        """Return the signatures of the texts with these numbers, shape ``[len(numbers), P]``."""
-        if len(self._signatures) > 1:
-            self._signatures = [np.concatenate(self._signatures)]
-        rows: NDArray[np.uint32] = self._signatures[0][numbers]
-        return rows
+    Equal keys mean exact duplicates: 64 bits of a SHA-256, which among ten million texts collide once in 4e5 streams.
+    """
+    hashes = _WordHashes()
+    keys = np.empty(len(texts), np.uint64)
+    words_of_texts: list[list[int]] = []
+    for i, text in enumerate(texts):
+        words = words_of(text)
+        keys[i] = int.from_bytes(hashlib.sha256(" ".join(words).encode()).digest()[:8], "little")
+        words_of_texts.append([hashes[word] for word in words])
+    return keys, signatures(words_of_texts)
 
 
 def signatures_of(texts: Sequence[str]) -> NDArray[np.uint32]:
@@ -160,46 +145,101 @@ def _band_keys(rows: NDArray[np.uint32], band: int) -> NDArray[np.uint64]:
     return keys
 
 
+class NearIndex:
+    """Queries that wait for a near duplicate; the corpus comes by in pieces of any size and is not kept.
+
+    Args:
+        queries: signatures, shape ``[q, P]``.
+        threshold: estimated Jaccard from which a pair counts.
+    """
+
+    def __init__(self, queries: NDArray[np.uint32], threshold: float = THRESHOLD) -> None:
+        self.queries, self.threshold = queries, threshold
+        self.found: NDArray[np.bool_] = np.zeros(len(queries), bool)
+        """Which queries have met a near duplicate, shape ``[q]``."""
+        self._sort()
+
+    def _sort(self) -> None:
+        self._open = np.flatnonzero(~self.found)
+        self._bands = []
+        for band in range(BANDS):
+            keys = _band_keys(self.queries[self._open], band)
+            order = np.argsort(keys, kind="stable")
+            self._bands.append((keys[order], self._open[order]))
+
+    def meet(self, corpus: NDArray[np.uint32]) -> None:
+        """Compare every open query with some texts of the corpus, shape ``[n, P]``."""
+        if not len(self._open) or not len(corpus):
+            return
+        for band, (keys, query) in enumerate(self._bands):
+            wanted = _band_keys(corpus, band)
+            left = np.searchsorted(keys, wanted, side="left")
+            counts = np.searchsorted(keys, wanted, side="right") - left
+            for text, position in _pairs(left, counts):
+                still = ~self.found[query[position]]
+                a, b = query[position[still]], text[still]
+                match = estimated_jaccard(self.queries[a], corpus[b]) >= self.threshold
+                self.found[a[match]] = True
+        if 2 * int(self.found[self._open].sum()) > len(self._open):
+            self._sort()  # those that were found need not be looked up again
+
+
 def near_duplicates(
     queries: NDArray[np.uint32], corpus: NDArray[np.uint32], threshold: float = THRESHOLD
 ) -> NDArray[np.bool_]:
     """Return which queries have a near duplicate in the corpus by estimated Jaccard, shape ``[q]``."""
-    found = np.zeros(len(queries), bool)
-    for band in range(BANDS):
-        open_ = np.flatnonzero(~found)
-        keys = _band_keys(corpus, band)
-        order = np.argsort(keys, kind="stable")
-        wanted = _band_keys(queries[open_], band)
-        left = np.searchsorted(keys, wanted, side="left", sorter=order)
-        counts = np.searchsorted(keys, wanted, side="right", sorter=order) - left
-        for query, position in _pairs(left, counts):
-            match = estimated_jaccard(queries[open_[query]], corpus[order[position]]) >= threshold
-            found[open_[query[match]]] = True
-    return found
+    index = NearIndex(queries, threshold)
+    index.meet(corpus)
+    return index.found
 
 
 def _pairs(left: NDArray[Any], counts: NDArray[Any]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield (query, position) pairs in batches: ``counts[i]`` positions from ``left[i]`` for query i."""
+    """Yield (text, position) pairs in batches: ``counts[i]`` positions from ``left[i]`` for text i."""
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
     for start in range(0, total, _BATCH_PAIRS):
         pair = np.arange(start, min(start + _BATCH_PAIRS, total))
-        query = np.searchsorted(ends, pair, side="right")
-        yield query, left[query] + pair - (ends[query] - counts[query])
+        text = np.searchsorted(ends, pair, side="right")
+        yield text, left[text] + pair - (ends[text] - counts[text])
 
 
-def near_repeats(rows: NDArray[np.uint32], threshold: float = THRESHOLD) -> NDArray[np.bool_]:
+def near_repeats(
+    *pieces: NDArray[np.uint32], rows: Sequence[NDArray[np.int64]] | None = None, threshold: float = THRESHOLD
+) -> NDArray[np.bool_]:
     """Return which texts are near an earlier text of the same list, shape ``[n]``.
 
     Each is compared with its predecessor in every band, so the work is linear and the result a lower bound.
+
+    Args:
+        pieces: signatures, shape ``[n_i, P]`` each, one piece after another; they may be memory-mapped, as only the
+            keys of one band are in memory at a time.
+        rows: which rows of each piece belong to the list; None means all.
+        threshold: estimated Jaccard from which a pair counts.
     """
-    found = np.zeros(len(rows), bool)
+    chosen = [np.arange(len(piece)) for piece in pieces] if rows is None else rows
+    starts = np.cumsum([0, *map(len, chosen)])
+    found = np.zeros(int(starts[-1]), bool)
     for band in range(BANDS):
-        keys = _band_keys(rows, band)
+        keys = np.concatenate([_band_keys(piece[at], band) for piece, at in zip(pieces, chosen, strict=True)])
         order = np.argsort(keys, kind="stable")
         same = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
-        earlier, later = order[same], order[same + 1]
         for start in range(0, len(same), _BATCH_PAIRS):
-            part = slice(start, start + _BATCH_PAIRS)
-            found[later[part]] |= estimated_jaccard(rows[earlier[part]], rows[later[part]]) >= threshold
+            earlier, later = order[same[start : start + _BATCH_PAIRS]], order[same[start : start + _BATCH_PAIRS] + 1]
+            a, b = (_at(pieces, chosen, starts, places) for places in (earlier, later))
+            found[later] |= estimated_jaccard(a, b) >= threshold
     return found
+
+
+def _at(
+    pieces: Sequence[NDArray[np.uint32]],
+    rows: Sequence[NDArray[np.int64]],
+    starts: NDArray[np.int64],
+    places: NDArray[np.int64],
+) -> NDArray[np.uint32]:
+    """Return the signatures at some places of the list, shape ``[len(places), P]``."""
+    out = np.empty((len(places), PERMUTATIONS), np.uint32)
+    piece = np.searchsorted(starts, places, side="right") - 1
+    for i in np.unique(piece):
+        here = piece == i
+        out[here] = pieces[i][rows[i][places[here] - starts[i]]]
+    return out

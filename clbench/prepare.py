@@ -10,8 +10,13 @@ from clbench.errors import NotFoundError, did_you_mean
 from clbench.stream import Stream
 
 
-def prepare(target: str, *, device: str = "auto") -> dict[str, Any]:
+def prepare(target: str, *, device: str = "auto", n_workers: int | None = None) -> dict[str, Any]:
     """Prepare a track (its stream and its base) or only a stream; returns what was made and where.
+
+    Args:
+        target: a track or a stream, by name, specification or file.
+        device: that trains the base.
+        n_workers: processes that build a stream; None: as fit this machine.
 
     Raises:
         NotFoundError: the name is neither a track nor a stream.
@@ -20,12 +25,12 @@ def prepare(target: str, *, device: str = "auto") -> dict[str, Any]:
     """
     start = time.perf_counter()
     if registry.canonical(target) in registry.track_names():
-        made = _prepare_track(target, device)
+        made = _prepare_track(target, device, n_workers)
     elif registry.is_stream(target):
-        stream = build.build_stream(registry.make_stream_source(target))
+        stream = build.build_stream(registry.make_stream_source(target), n_workers=n_workers)
         made = {"stream": _about(stream)}
     elif target.endswith((".yaml", ".yml")):
-        made = _prepare_track(target, device)
+        made = _prepare_track(target, device, n_workers)
     else:
         known = {*registry.track_names(), *registry.stream_names()}
         raise NotFoundError(f"unknown track or stream {target!r}", mend=did_you_mean(target, known))
@@ -34,9 +39,9 @@ def prepare(target: str, *, device: str = "auto") -> dict[str, Any]:
     return made
 
 
-def _prepare_track(target: str, device: str) -> dict[str, Any]:
+def _prepare_track(target: str, device: str, n_workers: int | None) -> dict[str, Any]:
     track = registry.load_track(target)
-    stream = build.build_stream(registry.make_stream_source(track.stream))
+    stream = build.build_stream(registry.make_stream_source(track.stream), n_workers=n_workers)
     from clbench.base import check_stream, make_base
     from clbench.run import hardware_for
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from clbench.files import digest_of
 
 RUN_FORMAT = 1
+ADDED_LATER = ("batching", "n_steps_per_stage")
+"""Training settings that tracks were frozen without; at their default they stand in no digest and in no dump."""
+BASE_INDEPENDENT = {"n_tokens_per_stage", "optimizer", *ADDED_LATER}
+"""Training settings that do not touch the base: it is trained once, packed, and all arms start from it."""
 
 
 class _Frozen(BaseModel):
@@ -54,6 +58,10 @@ class TrainingSpec(_Frozen):
     sequence_length: int = Field(gt=1)
     batch_rows: int = Field(gt=0)
     """Sequences per optimizer step."""
+    batching: Literal["packed", "rows"] = "packed"
+    """packed: full rows cut from the packed text. rows: one document a row, so short documents take more steps."""
+    n_steps_per_stage: int | None = Field(default=None, gt=0)
+    """With rows: exactly so many optimizer steps a stage, whatever tokens they hold; None: n_tokens_per_stage."""
     micro_batch_rows: int | None = None
     """Sequences per forward pass; None means the whole batch. Changes memory, not the gradient beyond rounding."""
     learning_rate: float = Field(gt=0)
@@ -68,6 +76,22 @@ class TrainingSpec(_Frozen):
     """Adam's moments at a stage's start. reset: TiC-LM."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast where it was measured to be faster on this machine."""
+
+    @model_validator(mode="after")
+    def _steps_need_rows(self) -> TrainingSpec:
+        if self.n_steps_per_stage is not None and self.batching != "rows":
+            raise ValueError("n_steps_per_stage needs batching: rows; packed, equal tokens are equal steps already")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_late_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = dump(self)
+        fields = type(self).model_fields
+        return {k: v for k, v in values.items() if k not in ADDED_LATER or v != fields[k].default}
+
+    def of_base(self) -> TrainingSpec:
+        """Return the settings that a base is trained with: packed, so that arms in any batching share it."""
+        return self.model_copy(update={"batching": "packed", "n_steps_per_stage": None})
 
 
 class OracleLosses(_Frozen):
@@ -123,7 +147,7 @@ class Track(_Frozen):
 
     def base_sha256(self) -> str:
         """Return the digest of what decides the base besides the built stream: model, recipe, optimizer settings."""
-        training = self.training.model_dump(mode="json", exclude={"n_tokens_per_stage", "optimizer"})
+        training = self.training.model_dump(mode="json", exclude=BASE_INDEPENDENT)
         parts = self.model_dump(mode="json", include={"model", "base"})
         return digest_of({"training": training, **parts})
 

@@ -223,10 +223,12 @@ def test_the_tokenizer_has_seen_nothing_but_stage_0_train(empty_home: Path) -> N
 
 
 def test_a_large_vocabulary_is_stored_in_four_bytes(empty_home: Path) -> None:
-    from clbench.build import _About
+    from clbench.packing import TokenizerFacts
 
-    assert _About("", 0, (1 << 16) - 1).dtype == "uint16"
-    assert _About("", 0, 1 << 16).dtype == "uint32"
+    def dtype(n: int) -> str:
+        return TokenizerFacts(kind="", sha256="", eos_id=0, vocab_size=n).dtype
+
+    assert (dtype((1 << 16) - 1), dtype(1 << 16)) == ("uint16", "uint32")
 
 
 # --- address and digest -------------------------------------------------------------------------------------
@@ -409,16 +411,16 @@ def run(code: str, environment: dict[str, str], *prefix: str) -> subprocess.Comp
     )
 
 
-@pytest.mark.parametrize("place", ["_drop_duplicates", "_write_manifest"])
+@pytest.mark.parametrize("place", ["build.split_stages", "packing.write_manifest"])
 def test_a_kill_leaves_nothing_that_looks_complete(place: str, empty_home: Path) -> None:
     code = f"""
         import time
         import clbench.build
         from clbench.streams.tinydocs import Tinydocs
-        def stop(*_):
+        def stop(*_, **__):
             print("here", flush=True)
             time.sleep(60)
-        clbench.build.{place} = stop
+        clbench.{place} = stop
         clbench.build.build_stream(Tinydocs())
     """
     with subprocess.Popen(

@@ -8,8 +8,9 @@ import pytest
 from clbench.duplicates import (
     PERMUTATIONS,
     SHINGLE_WORDS,
-    DuplicateIndex,
+    NearIndex,
     estimated_jaccard,
+    fingerprints,
     near_duplicates,
     near_repeats,
     signatures_of,
@@ -62,17 +63,15 @@ def test_signatures_are_the_same_for_ever() -> None:
 
 
 def test_exact_duplicates_ignore_case_spaces_and_punctuation_and_nothing_else() -> None:
-    index = DuplicateIndex()
-    numbers = index.add(["One, two.", "one   TWO", "two one", "one two three"])
-    assert numbers[0] == numbers[1]
-    assert len(set(numbers.tolist())) == 3
-    assert index.add(["ONE two"])[0] == numbers[0], "also from an earlier call"
+    keys, _ = fingerprints(["One, two.", "one   TWO", "two one", "one two three"])
+    assert keys[0] == keys[1]
+    assert len(set(keys.tolist())) == 3
+    assert fingerprints(["ONE two"])[0][0] == keys[0], "also from another call"
 
 
 def test_texts_without_words_are_compared_by_their_characters() -> None:
     assert words_of("+ - *") != words_of("/ / /")
-    index = DuplicateIndex()
-    assert len(set(index.add(["+ - *", "/ / /", "   ", "\n"]).tolist())) == 4
+    assert len(set(fingerprints(["+ - *", "/ / /", "   ", "\n"])[0].tolist())) == 4
 
 
 def test_near_duplicates_finds_the_planted_ones_and_no_others() -> None:
@@ -94,6 +93,10 @@ def test_near_duplicates_agrees_with_comparing_every_pair() -> None:
     brute = np.array([(estimated_jaccard(q[None], corpus) >= 0.8).any() for q in queries])
     assert 0 < brute.sum() < len(brute)
     assert (near_duplicates(queries, corpus) == brute).all()
+    index = NearIndex(queries)
+    for start in range(0, len(corpus), 7):
+        index.meet(corpus[start : start + 7])
+    assert (index.found == brute).all(), "in whatever pieces the corpus comes"
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -110,3 +113,15 @@ def test_near_repeats_marks_the_later_one() -> None:
     texts = [some_text(draw, 400) for _ in range(20)]
     texts.append(texts[7] + " one more word")
     assert np.flatnonzero(near_repeats(signatures_of(texts))).tolist() == [20]
+
+
+def test_near_repeats_over_pieces_and_rows_is_that_over_the_chosen_rows_at_once() -> None:
+    draw = random.Random(6)
+    base = [some_text(draw, 60) for _ in range(30)]
+    every = signatures_of([with_words_replaced(base[i % 30], 0.02, draw) for i in range(200)])
+    chosen = np.flatnonzero(np.arange(200) % 3 != 1)
+    pieces = [every[:90], every[90:91], every[91:]]
+    rows = [chosen[chosen < 90], chosen[chosen == 90] - 90, chosen[chosen > 90] - 91]
+    whole = near_repeats(every[chosen])
+    assert 0 < whole.sum() < len(whole)
+    assert (near_repeats(*pieces, rows=rows) == whole).all()
