@@ -106,8 +106,10 @@ def check_stream(track: Track, stream: Stream) -> None:
 
 def base_folder(track: Track, stream: Stream, precision: str) -> Path:
     """Return where the base of a track lies on this machine."""
-    address = digest_of({"base": track.base_sha256(), "stream": stream.sha256, "precision": precision})
-    return bases_folder() / f"{track.name}-{address[:12]}"
+    address = digest_of({"base": track.base_sha256(), "stream": stream.base_sha256, "precision": precision})
+    # Another track may have made it: arms of an experiment differ after stage 0 only, and start from one base.
+    made = sorted(bases_folder().glob(f"*-{address[:12]}/base.json"))
+    return made[0].parent if made else bases_folder() / f"{track.name}-{address[:12]}"
 
 
 def open_base(track: Track, stream: Stream, hardware: Hardware) -> Base:
@@ -131,7 +133,7 @@ def make_base(track: Track, stream: Stream, hardware: Hardware) -> Base:
         remove_leftovers(folder)
         model, ledger, n_steps = train_from_scratch(
             track,
-            stream,
+            _before_the_first_stage(stream),
             hardware,
             work=folder / "work",
             title=f"base of {track.name}",
@@ -143,7 +145,7 @@ def make_base(track: Track, stream: Stream, hardware: Hardware) -> Base:
         facts = {
             "track": track.name,
             "base_sha256": track.base_sha256(),
-            "stream_sha256": stream.sha256,
+            "stream_sha256": stream.base_sha256,
             "weights_sha256": weights_sha256(model),
             "n_parameters": n_parameters(model),
             "n_steps": n_steps,
@@ -152,6 +154,13 @@ def make_base(track: Track, stream: Stream, hardware: Hardware) -> Base:
         write_json(folder / "base.json", facts)
         shutil.rmtree(folder / "work" / "checkpoints", ignore_errors=True)
         return Base(folder, facts)
+
+
+def _before_the_first_stage(stream: Stream) -> Stream:
+    """Return stage 0 alone, under the digest that decides its order: equal stages 0 make equal bases."""
+    past = stream.until(0)
+    past.sha256 = stream.base_sha256
+    return past
 
 
 def train_from_scratch(

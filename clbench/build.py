@@ -237,7 +237,7 @@ def _complete(folder: Path, address: str) -> Stream | None:
 def _build(source: StreamSource, work: Path, about: dict[str, Any], bar: Bar, n_workers: int) -> None:
     """Write the whole stream into ``work / "out"``, the manifest last; ``work`` may hold what was done before a cut."""
     clock = _Clock()
-    stages = _checked_stages(source)
+    stages = checked_stages(source)
     parts = [Part(work, stage.index, i) for stage in stages for i in range(source.n_parts(stage.index))]
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
@@ -287,7 +287,7 @@ def _say_throughput(name: str, n_bytes: int, clock: _Clock, n_workers: int) -> N
     )
 
 
-def _checked_stages(source: StreamSource) -> list[StageInfo]:
+def checked_stages(source: StreamSource) -> list[StageInfo]:
     """Return the source's stages; they must be numbered in order, each with its own name and real dates."""
     stages = source.stages()
     if not stages or [s.index for s in stages] != list(range(len(stages))):

@@ -320,17 +320,18 @@ def list_(
         str | None,
         typer.Argument(help="methods, streams, suites, tracks or runs.", show_default="all but runs"),
     ] = None,
+    name: Annotated[str | None, typer.Argument(help="One of them, with all its options.", show_default=False)] = None,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     as_json: JsonOption = False,
 ) -> None:
-    """List what there is, with options and one line of description."""
+    """List what there is in one line each; with a name, its description and its options."""
     from clbench import listing
 
-    found = listing.listing(kind, runs)
+    found = listing.listing(kind, runs, name=name)
     if as_json:
         print_json(found)
     else:
-        listing.show(found)
+        listing.show(found, in_full=name is not None)
 
 
 @app.command()

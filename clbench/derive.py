@@ -225,6 +225,9 @@ def write_derived(source: StreamTransform, folder: Path, about: dict[str, Any], 
         contents.append(content)
     packing.write_extras(source.extras(), folder)
     about = about | {"inputs": [_about_input(one, i, plan) for i, one in enumerate(source.inputs)]}
+    first = source.inputs[0]
+    if contents[0]["train"] == first.manifest["contents"][0]["train"]:
+        about |= {"base_sha256": first.base_sha256}  # what trains the base is the same: arms start from one base
     seconds = {"derive": round(time.perf_counter() - start, 2)}
     packing.write_manifest(folder, about=about, facts=facts, entries=entries, contents=contents, seconds=seconds)
 
@@ -285,9 +288,9 @@ class _Plan:
         Raises:
             ConfigError: see ``write_derived``.
         """
-        from clbench.build import _checked_stages
+        from clbench.build import checked_stages
 
-        infos = _checked_stages(source)
+        infos = checked_stages(source)
         facts = _Facts(source.inputs)
         taken = {split: [source.take(split, info.index) for info in infos] for split in SPLITS}
         for split, info in ((split, info) for info in infos for split in SPLITS):
@@ -316,15 +319,18 @@ class _Plan:
             self._keep("train", stage, ~leaks, {"dropped_held_out_elsewhere": int(leaks.sum())})
 
     def _drop_copies_from_heldout(self) -> None:
-        """Drop from held-out what is also trained on, exactly or nearly.
+        """Drop from held-out what another input trains on, exactly or nearly, or what a cut document has become.
 
-        Within one input the builder did so already; among several, and where documents are cut, it is done here.
+        Within one input the builder did so already. Compared is with *all* train documents of the other inputs, so that
+        held-out does not depend on how much of them is taken: doses of one mixture are measured on the same documents.
         """
         queries, corpus = Taken.joined(self.taken["heldout"]), Taken.joined(self.taken["train"])
-        both = Taken.joined([queries, corpus])
+        asked = set(np.unique(queries.input).tolist())
+        parts = [_whole(one, i, "train") for i, one in enumerate(self.inputs) if asked - {i}]
+        parts.append(corpus if queries.n_tokens.any() else corpus[_is_cut(self.inputs, "train", corpus)])
         exact = near = np.zeros(len(queries), bool)
-        if len(np.unique(both.input)) > 1 or both.n_tokens.any():
-            exact, near = _copies(self.inputs, queries, corpus)
+        if any(map(len, parts)):
+            exact, near = _copies(self.inputs, queries, Taken.joined(parts))
         ends = np.cumsum([len(taken) for taken in self.taken["heldout"]])[:-1]
         for stage, (is_exact, is_near) in enumerate(zip(np.split(exact, ends), np.split(near, ends), strict=True)):
             counts = {"dropped_exact": int(is_exact.sum()), "dropped_near": int((is_near & ~is_exact).sum())}
@@ -395,8 +401,16 @@ def _places(taken: Taken, *, check: bool = False) -> list[tuple[int, int]]:
     return [(int(i), int(stage)) for i, stage in pairs]
 
 
+def _whole(stream: Stream, place: int, split: Split) -> Taken:
+    """Return all documents of a split of an input."""
+    return Taken.joined(
+        Taken.of(info.index, np.arange(stream.counts(split, info.index)["n_documents"]), input=place)
+        for info in stream.stages()
+    )
+
+
 def _copies(inputs: Sequence[Stream], queries: Taken, corpus: Taken) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return which held-out documents are exact and which are near duplicates of train documents, each ``[q]``."""
+    """Return which held-out documents are exact, and which near duplicates of some train documents, each ``[q]``."""
     found = [fingerprints(texts) for texts in _texts(inputs, "heldout", queries)]
     keys = np.concatenate([key for key, _ in found])
     index = NearIndex(np.concatenate([signature for _, signature in found]))

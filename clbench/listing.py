@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,15 +27,23 @@ FIRST_COLUMN, METHOD_COLUMN = 19, 25
 """Characters of a score's name, and of ``value [low, high]``, with their borders."""
 
 
-def listing(kind: str | None, runs: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return kind -> entries with ``name``, ``about`` and, for methods, ``options``."""
+def listing(kind: str | None, runs: Path, *, name: str | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Return kind -> entries with ``name``, ``about`` and, for methods and streams, ``options``; or only one of them.
+
+    Raises:
+        NotFoundError: there is no such kind, or none of this name.
+    """
     if kind is None:
         return {one: _entries(one) for one in KINDS}
-    if kind == "runs":
-        return {"runs": _runs(runs)}
-    if kind not in KINDS:
+    if kind not in (*KINDS, "runs"):
         raise NotFoundError(f"unknown kind {kind!r}", mend=did_you_mean(kind, (*KINDS, "runs")))
-    return {kind: _entries(kind)}
+    entries = _runs(runs) if kind == "runs" else _entries(kind)
+    if name is not None:
+        known = [entry["name"] for entry in entries]
+        entries = [entry for entry in entries if registry.canonical(entry["name"]) == registry.canonical(name)]
+        if not entries:
+            raise NotFoundError(f"unknown {kind.rstrip('s')} {name!r}", mend=did_you_mean(name, known))
+    return {kind: entries}
 
 
 def _entries(kind: str) -> list[dict[str, Any]]:
@@ -112,8 +121,8 @@ def _run(store: RunStore) -> dict[str, Any]:
         return {**entry, "about": f"broken: run.yaml or status.json lacks {error}", "state": "broken"}
 
 
-def show(found: dict[str, list[dict[str, Any]]]) -> None:
-    """Print a listing."""
+def show(found: dict[str, list[dict[str, Any]]], *, in_full: bool = False) -> None:
+    """Print a listing: one line an entry, or everything that is known about it."""
     console = Console()
     for kind, entries in found.items():
         table = Table(
@@ -125,14 +134,28 @@ def show(found: dict[str, list[dict[str, Any]]]) -> None:
             padding=(0, 2, 0, 0),
         )
         for entry in entries:
-            table.add_row(entry["name"], entry["about"])
-            for option in entry.get("options", []):
+            about = entry["about"] if in_full or kind == "runs" else _sentence(entry["about"])
+            table.add_row(entry["name"], about)
+            options = entry.get("options", [])
+            if options and not in_full:
+                names = ", ".join(option["name"] for option in options)
+                table.add_row("", _shortened(f"options: {names}"), style="dim")
+            for option in options if in_full else []:
                 value = "(required)" if option["required"] else option["default"]
                 table.add_row("", f"{option['name']}={value}  {option['help']}", style="dim")
         if not entries:
             table.add_row("none", "")
         console.print(table)
         console.print()
+
+
+def _sentence(text: str) -> str:
+    """Return the first sentence of a description."""
+    return re.split(r"(?<=\.)\s|(?<=[a-z]):\s", text, maxsplit=1)[0]
+
+
+def _shortened(text: str, n_characters: int = 90) -> str:
+    return text if len(text) <= n_characters else text[: text.rfind(",", 0, n_characters)] + " …"
 
 
 def show_summaries(summaries: Sequence[MethodSummary]) -> None:

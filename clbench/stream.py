@@ -135,6 +135,8 @@ class Stream:
         self.name: str = self.manifest["name"]
         self.sha256: str = self.manifest["sha256"]
         """Digest over the content: stage dates, document rows, tokens, offsets and the tokenizer."""
+        self.base_sha256: str = self.manifest.get("base_sha256", self.sha256)
+        """Digest of the stream whose stage 0 this is. A transform that leaves stage 0 as it was shares its base."""
         if check:
             self.check()
 
@@ -232,6 +234,7 @@ class _Past(Stream):
 
     def __init__(self, stream: Stream, last: int) -> None:
         self.folder, self.manifest, self.name, self.sha256 = stream.folder, stream.manifest, stream.name, stream.sha256
+        self.base_sha256 = stream.base_sha256
         self.last = last
         self.manifest = {**stream.manifest, "stages": stream.manifest["stages"][: last + 1]}
 

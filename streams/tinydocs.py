@@ -8,6 +8,7 @@ recur changed. It says nothing about real text: measure on a real stream.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,27 +41,35 @@ _Pages = dict[int, tuple[tuple[int, ...], Change]]
 class Tinydocs(StreamSource):
     """Generated documents over stage-specific vocabularies.
 
-    Args:
-        n_stages: number of stages, one invented year each.
-        documents_per_stage: documents in every stage, train and held-out together.
-        seed: another seed is another stream.
-
     Raises:
         ConfigError: fewer than one stage or fewer than twenty documents in a stage.
     """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """What is generated."""
+
+        n_stages: int = 4
+        """Stages, one invented year each."""
+        documents_per_stage: int = 60
+        """Documents in every stage, train and held-out together."""
+        seed: int = 0
+        """Another seed is another stream."""
 
     name = "tinydocs"
     heldout_fraction = 0.2
     vocab_size = 512
 
-    def __init__(self, *, n_stages: int = 4, documents_per_stage: int = 60, seed: int = 0) -> None:
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__(options)
+        n_stages, documents_per_stage = self.options.n_stages, self.options.documents_per_stage
         if n_stages < 1 or documents_per_stage < 20:
             raise ConfigError(
                 "tinydocs needs at least 1 stage and 20 documents in each",
                 where=f"n_stages={n_stages}, documents_per_stage={documents_per_stage}",
                 mend="raise them",
             )
-        self.n_stages, self.documents_per_stage, self.seed = n_stages, documents_per_stage, seed
+        self.n_stages, self.documents_per_stage, self.seed = n_stages, documents_per_stage, self.options.seed
 
     def stages(self) -> list[StageInfo]:
         """Return one invented year per stage."""
@@ -71,7 +80,7 @@ class Tinydocs(StreamSource):
         ]
 
     def settings(self) -> dict[str, Any]:
-        """Return the constructor's arguments and the version of the generator."""
+        """Return the options and the version of the generator."""
         return {
             "version": VERSION,
             "n_stages": self.n_stages,

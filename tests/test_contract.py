@@ -434,6 +434,17 @@ class Fickle(Small):
             yield Document(**{**vars(document), "text": f"{document.text} {self.passes}"})
 
 
+class Apart(Small):
+    """Has parts that leave a document out."""
+
+    def n_parts(self, stage: int) -> int:
+        return 2
+
+    def part(self, stage: int, part: int) -> Iterator[Document]:
+        documents = list(self.documents(stage))
+        yield from documents[:20] if part == 0 else documents[21:]
+
+
 class LateDownload(Small):
     """Uses the network after fetch(), and hides that it failed."""
 
@@ -465,8 +476,9 @@ class Empty(Small):
     ("cls", "checks"),
     [
         (Small, set()),
-        (SameIds, {"documents", "offline", "deterministic", "builds"}),
-        (Fickle, {"deterministic"}),
+        (SameIds, {"documents", "parts", "offline", "deterministic", "builds"}),
+        (Fickle, {"parts", "deterministic"}),
+        (Apart, {"parts"}),
         (LateDownload, {"offline"}),
         (Overlapping, {"stages"}),
         (Empty, {"builds"}),

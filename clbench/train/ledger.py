@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+BY_STAGE = ("steps", "rows", "learning_rate_sum")
+"""What is billed once per optimizer step; arms of an experiment are compared by it, see clbench.results.arms."""
+
 
 def forward_flops(*, n_matmul_parameters: int, n_layers: int, width: int, n_tokens: int, length: int) -> float:
     """Return the FLOPs of one forward pass: ``tokens (2 N + 2 layers length width)``.
@@ -31,6 +34,12 @@ class Ledger:
 
     tokens: dict[int, dict[int, int]] = field(default_factory=dict)
     """Trained stage -> source stage -> target tokens."""
+    steps: dict[int, int] = field(default_factory=dict)
+    """Trained stage -> optimizer steps."""
+    rows: dict[int, int] = field(default_factory=dict)
+    """Trained stage -> sequences; one document a row, they are documents."""
+    learning_rate_sum: dict[int, float] = field(default_factory=dict)
+    """Trained stage -> learning rates of its steps, added one after another."""
     extra_tokens: dict[str, int] = field(default_factory=dict)
     """Purpose -> tokens seen outside the ordinary step."""
     flops: dict[str, float] = field(default_factory=dict)
@@ -45,6 +54,12 @@ class Ledger:
         row = self.tokens.setdefault(stage, {})
         for source, n in by_source.items():
             row[source] = row.get(source, 0) + n
+
+    def bill_step(self, stage: int, n_rows: int, learning_rate: float) -> None:
+        """Add one optimizer step."""
+        self.steps[stage] = self.steps.get(stage, 0) + 1
+        self.rows[stage] = self.rows.get(stage, 0) + n_rows
+        self.learning_rate_sum[stage] = self.learning_rate_sum.get(stage, 0.0) + learning_rate
 
     def bill_flops(self, purpose: str, flops: float, n_tokens: int = 0) -> None:
         """Add work under a purpose; tokens only for work outside the ordinary step."""
@@ -72,6 +87,7 @@ class Ledger:
         evaluated = {part: sum(cost[part] for cost in self.evaluations.values()) for part in ("flops", "seconds")}
         return {
             "tokens": {str(k): {str(s): n for s, n in sorted(row.items())} for k, row in sorted(self.tokens.items())},
+            **{name: {str(k): n for k, n in sorted(getattr(self, name).items())} for name in BY_STAGE},
             "extra_tokens": dict(sorted(self.extra_tokens.items())),
             "flops": {**dict(sorted(self.flops.items())), "evaluate": evaluated["flops"]},
             "seconds": {**dict(sorted(self.seconds.items())), "evaluate": evaluated["seconds"]},
@@ -85,6 +101,8 @@ class Ledger:
         """Return the bill that ``as_dict`` wrote."""
         return cls(
             tokens={int(k): {int(s): n for s, n in row.items()} for k, row in value["tokens"].items()},
+            # Runs begun before these were counted have none of them.
+            **{name: {int(k): n for k, n in value.get(name, {}).items()} for name in BY_STAGE},
             extra_tokens=dict(value["extra_tokens"]),
             flops={k: v for k, v in value["flops"].items() if k != "evaluate"},
             seconds={k: v for k, v in value["seconds"].items() if k != "evaluate"},

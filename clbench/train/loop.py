@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import psutil
@@ -80,6 +80,7 @@ def train(job: Job) -> Ledger:
         ledger=ledger,
         seed=job.seed,
         length=training.sequence_length,
+        batching=training.batching,
         start_weights=start_weights,
     )
     flops_per_token = 3 * model_forward_flops(model, 1, training.sequence_length)
@@ -109,8 +110,9 @@ def train(job: Job) -> Ledger:
         order = make_order(job, stage, plan)
         schedule = plan.schedule or Cosine(peak=stage.learning_rate, warmup_steps=stage.warmup_steps, floor=stage.floor)
         n_steps = order.n_steps if plan.train else 0
+        engine = replace(engine, stream=job.stream.until(stage.index))
         contexts = {
-            i: MethodContext(stage=stage, method=method, engine=engine, n_steps=n_steps)
+            i: MethodContext(stage=stage, method=method, _engine=engine, n_steps=n_steps)
             for i, method in enumerate(job.method.components)
         }
         if here is None:
@@ -160,6 +162,7 @@ def train(job: Job) -> Ledger:
 
             for batch in batches:
                 ledger.bill_tokens(stage.index, batch.n_targets_by_source)
+            ledger.bill_step(stage.index, sum(len(batch.inputs_BT) for batch in batches), learning_rate)
             ledger.bill_flops("train", flops_per_token * n_targets)
             ledger.seconds["train"] = ledger.seconds.get("train", 0.0) + time.perf_counter() - started
             n_tokens += n_targets
@@ -213,6 +216,8 @@ def make_order(job: Job, stage: Stage, plan: StagePlan) -> DataOrder:
         batch_rows=job.training.batch_rows,
         seed=job.seed,
         stage=stage.index,
+        batching=job.training.batching,
+        n_steps=job.training.n_steps_per_stage,
     )
 
 
