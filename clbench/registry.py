@@ -252,9 +252,10 @@ def make_stream_source(target: str) -> StreamSource:
     """
     if target.endswith((".yaml", ".yml")):
         return source_of(read_specification(Path(target).expanduser()))
-    if (path := specifications().get(canonical(target))) is not None:
-        return source_of(read_specification(path))
     name, given = _split(target, "stream")
+    if (path := specifications().get(canonical(name))) is not None:
+        read = read_specification(path)
+        return source_of(read.model_copy(update={"options": {**read.options, **given}}))
     return _make_source(name, given, {})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +43,15 @@ class Series:
     points: Sequence[Point]
     index: int
     href: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One part of every bar of a stacked chart; ``index`` chooses its colour."""
+
+    name: str
+    values: Sequence[float]
+    index: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +116,7 @@ def tick_text(value: float, ticks: Sequence[float]) -> str:
     """Return a tick's label with as many decimals as the distance between ticks needs."""
     step = min((b - a for a, b in itertools.pairwise(ticks)), default=abs(value) or 1.0)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    if decimals and abs(step * 10**decimals - round(step * 10**decimals)) > 1e-6:
+    if len(ticks) > 1 and abs(step * 10**decimals - round(step * 10**decimals)) > 1e-6:
         decimals += 1
     text = f"{value:.{decimals}f}"
     return text.replace("-", "−") if float(text) else text.lstrip("-")
@@ -321,6 +330,59 @@ def lines(
                 )
     if labels:
         parts.append(end_labels(frame, drawn))
+    return figure(name, title, description, frame, *parts)
+
+
+def stacked_bars(
+    name: str,
+    title: str,
+    description: str,
+    columns: Sequence[str],
+    layers: Sequence[Layer],
+    y_axis: Axis,
+    *,
+    x_label: str = "Stage",
+    write: Callable[[float], str] = str,
+) -> Markup:
+    """Return one bar a column, its layers from the bottom up, named at the right in the order of the bars.
+
+    Args:
+        name: unique on the page.
+        title: for screen readers, like the description.
+        description: what the chart says.
+        columns: names under the bars.
+        layers: their values have one element a column; zero draws nothing. One layer alone is not named.
+        y_axis: its bounds are chosen here unless given.
+        x_label: what the columns are.
+        write: how a value reads in a tooltip.
+    """
+    totals = [sum(layer.values[i] for layer in layers) for i in range(len(columns))]
+    high = max(totals, default=0.0) * 1.05 or 1.0
+    named = layers if len(layers) > 1 else []
+    room = max((len(shorten(layer.name, 22)) for layer in named), default=-3) * FONT_WIDTH + 40
+    y_low, y_high = y_axis.bounds or (0.0, high)
+    frame = Frame(x_low=-0.5, x_high=len(columns) - 0.5, y_low=y_low, y_high=y_high, right=room)
+    fits = (frame.width - frame.left - frame.right) / (max(map(len, columns), default=1) * FONT_WIDTH + 8)
+    step = max(1, math.ceil(len(columns) / max(1.0, fits)))
+    ticks = [(float(i), text) for i, text in enumerate(columns) if i % step == 0]
+    parts = [axes(frame, Axis(label=x_label, ticks=ticks), y_axis)]
+    width = min(0.78 * (frame.x(1) - frame.x(0)), 72.0)
+    for i, column in enumerate(columns):
+        base = 0.0
+        for layer in layers:
+            value = layer.values[i]
+            if value <= 0:
+                continue
+            note = f"{column}, {layer.name}: {write(value)}"
+            top = frame.y(base + value)
+            place = {"x": frame.x(i) - width / 2, "y": top, "width": width, "height": frame.y(base) - top}
+            parts.append(element("rect", element("title", note), **place, fill=colour_of(layer.index), class_="mark"))
+            base += value
+    x = frame.width - frame.right + 14
+    for row, layer in enumerate(reversed(named)):
+        y = frame.top + 18.0 * row
+        parts.append(element("rect", x=x, y=y, width=12.0, height=12.0, fill=colour_of(layer.index), class_="mark"))
+        parts.append(element("text", shorten(layer.name, 22), x=x + 18, y=y + 10, class_="name"))
     return figure(name, title, description, frame, *parts)
 
 
