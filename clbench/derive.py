@@ -8,7 +8,6 @@ documents stay held-out and budgets are exact. How a stream is laid out is left 
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +23,7 @@ from clbench import packing
 from clbench.duplicates import NearIndex, fingerprints
 from clbench.errors import ConfigError
 from clbench.files import sha256_bytes
-from clbench.stream import DOCUMENT_COLUMNS, Change, Document, Split, StageInfo, Stream, StreamSource
+from clbench.stream import DOCUMENT_COLUMNS, Change, Document, Split, StageInfo, Stream, StreamSource, identity_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,10 +34,9 @@ Hashes = NDArray[np.uint64]
 SPLITS: tuple[Split, ...] = get_args(Split)
 CHANGES: tuple[Change, ...] = get_args(Change)
 TEXT_COLUMNS = [name for name in DOCUMENT_COLUMNS if name not in ("change", "n_tokens")]
-CHUNK_TOKENS = 1 << 25
-"""Tokens gathered at once, with their texts: about 100 MB."""
+CHUNK_TOKENS = 1 << 24
+"""Tokens gathered at once, with their texts: about 60 MB, a part of the written stream."""
 BATCH_ROWS = 4096
-_VERSION_MARK = re.compile(r"@@\d+$")
 
 
 # --- what a transform is ------------------------------------------------------------------------------------
@@ -173,11 +171,6 @@ class StreamTransform(StreamSource):
         first = self.inputs[0]
         names = [name.removeprefix("extras/") for name in first.manifest["files"] if name.startswith("extras/")]
         return {name: first.extra(name) for name in sorted(names)}
-
-
-def identity_of(document_id: str) -> str:
-    """Return the identity over time: an id without the ``@@2`` that tells versions apart which meet in one stage."""
-    return _VERSION_MARK.sub("", document_id)
 
 
 # --- writing ------------------------------------------------------------------------------------------------

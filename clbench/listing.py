@@ -81,7 +81,12 @@ def first_sentence(cls: type) -> str:
 
 
 def docs_of_fields(options: type) -> dict[str, str]:
-    """Return the docstring under each field of an options class; the source is read, nothing is run."""
+    """Return the docstring under each field of an options class and its bases; the source is read, nothing is run."""
+    classes = [cls for cls in reversed(options.__mro__) if dataclasses.is_dataclass(cls)]
+    return {name: text for cls in classes for name, text in _own_docs(cls).items()}
+
+
+def _own_docs(options: type) -> dict[str, str]:
     import ast
     import textwrap
 

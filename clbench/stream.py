@@ -64,6 +64,14 @@ class StageInfo:
     end: str
 
 
+_VERSION_MARK = re.compile(r"@@\d+$")
+
+
+def identity_of(document_id: str) -> str:
+    """Return the identity over time: an id without the ``@@2`` that tells versions apart which meet in one stage."""
+    return _VERSION_MARK.sub("", document_id)
+
+
 class StreamSource(ABC):
     """What a file in ``streams/`` provides; the class is found by the file's name, see ``clbench.registry``.
 

@@ -69,7 +69,8 @@ def pytest_collection(session: pytest.Session) -> None:
                 with suppress(AttributeError, TypeError):  # a constructor that fails: a check says so
                     registry.make_method(target)
             for target in targets(session.config, "stream"):
-                registry.load_class("streams", target)
+                with suppress(AttributeError, TypeError):
+                    registry.make_stream_source(target)
             for target in targets(session.config, "suite"):
                 registry.load_class("suites", target)
         except ClbenchError as error:

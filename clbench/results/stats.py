@@ -20,6 +20,7 @@ from scipy import optimize, special
 from clbench.errors import ClbenchError
 from clbench.results.matrix import Array, Documents, Matrix, Unit
 from clbench.seeds import generator
+from clbench.stream import identity_of
 
 LEVEL = 0.95
 N_RESAMPLES = 10_000
@@ -239,7 +240,7 @@ def resample(
     _check_same_documents(systems)
     values = [np.full((n_resamples, len(s.row_stages), len(column_stages)), np.nan) for s in systems]
     stage = systems[0].stage
-    _, identity = np.unique(systems[0].item, return_inverse=True)
+    _, identity = np.unique([identity_of(item) for item in systems[0].item.tolist()], return_inverse=True)
     columns = [np.flatnonzero(stage == column) for column in column_stages]
     for start, counts in _resampled_counts(stage, identity, n_resamples, root):
         chunk = slice(start, start + len(counts))
