@@ -54,6 +54,10 @@ class Arrangement(_StreamTransform):
             raise ConfigError(f"first={first}, but {self.stream.name} has stages 0 to {n - 1}", where=self.name)
         return int(first)
 
+    def extras(self) -> dict[str, bytes]:
+        """Return nothing: what the input's extra files say of a stage is not so of the new ones."""
+        return {}
+
     @abstractmethod
     def arranged(self, split: Split) -> list[Taken]:
         """Return the documents of each new stage that follows the kept ones."""

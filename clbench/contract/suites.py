@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from clbench import registry
+from clbench.build import build_stream
 from clbench.cells import table_of
 from clbench.contract.guards import moved, no_network, random_states
 from clbench.contract.lab import Lab
@@ -22,7 +23,7 @@ from clbench.contract.watch import comparable
 from clbench.errors import ClbenchError
 from clbench.listing import docs_of_fields
 from clbench.suite import Checkpoint, Rows, Suite
-from clbench.train.models import weights_sha256
+from clbench.train.models import make_model, weights_sha256
 
 ROUNDING_NATS = 1e-4
 """What an option may move values by without changing the suite's digest."""
@@ -45,7 +46,12 @@ class SuiteCase:
     @classmethod
     def of(cls, lab: Lab, spec: str) -> SuiteCase:
         """Return the case of ``NAME``, ``file.py[:Class]`` or ``module:Class``."""
-        return cls(lab, spec, lambda options: registry.load_class("suites", spec)(lab.stream, options))
+        suite = registry.load_class("suites", spec)
+        if suite.example is not None:
+            stream = build_stream(registry.make_stream_source(suite.example), progress=False)
+            base = make_model(lab.track.model, vocab_size=stream.vocab_size, eos_id=stream.eos_id, seed=0)
+            lab = dataclasses.replace(lab, stream=stream, base=base)
+        return cls(lab, spec, lambda options: suite(lab.stream, options))
 
     def checkpoint(self, *, training: bool = True, use_cache: bool = True) -> Checkpoint:
         """Return the lab's base with its switches as asked for."""
