@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ PARAMETERS = {
 
 _WORD = re.compile(r"\w+")
 _BATCH_WORDS = 1 << 15  # shingles hashed at once: fits the second-level cache
+_REMEMBERED_WORDS = 1 << 19  # some 60 MB
 _BATCH_PAIRS = 1 << 15  # candidate pairs compared at once: 32 MiB of signatures
 
 
@@ -47,12 +49,21 @@ def words_of(text: str) -> list[str]:
 
 
 class _WordHashes(dict[str, int]):
-    """64-bit hash of every word of some texts; hashing a word once keeps Python out of the inner loop."""
+    """64-bit hashes of words met lately; hashing a word once keeps Python out of the inner loop."""
 
     def __missing__(self, word: str) -> int:
         digest = hashlib.blake2b(word.encode(), digest_size=8).digest()
         value = self[word] = int.from_bytes(digest, "little")
         return value
+
+    def of(self, words: Sequence[str]) -> list[int]:
+        """Return the hashes of the words of one text."""
+        if len(self) > _REMEMBERED_WORDS:
+            self.clear()
+        return list(map(self.__getitem__, words))
+
+
+_HASHES = _WordHashes()
 
 
 def fingerprints(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
@@ -60,20 +71,18 @@ def fingerprints(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.u
 
     Equal keys mean exact duplicates: 64 bits of a SHA-256, which among ten million texts collide once in 4e5 streams.
     """
-    hashes = _WordHashes()
     keys = np.empty(len(texts), np.uint64)
     words_of_texts: list[list[int]] = []
     for i, text in enumerate(texts):
         words = words_of(text)
         keys[i] = int.from_bytes(hashlib.sha256(" ".join(words).encode()).digest()[:8], "little")
-        words_of_texts.append([hashes[word] for word in words])
+        words_of_texts.append(_HASHES.of(words))
     return keys, signatures(words_of_texts)
 
 
 def signatures_of(texts: Sequence[str]) -> NDArray[np.uint32]:
     """Return the MinHash signatures of some texts, shape ``[n, P]``."""
-    hashes = _WordHashes()
-    return signatures([[hashes[word] for word in words_of(text)] for text in texts])
+    return signatures([_HASHES.of(words_of(text)) for text in texts])
 
 
 def estimated_jaccard(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> NDArray[np.float64]:
@@ -117,7 +126,7 @@ def _shingles(texts: Sequence[Sequence[int]]) -> tuple[NDArray[np.uint64], NDArr
     """Return the hashes of all shingles, text after text, and where each text's first one stands."""
     padded = [[*t, *[0] * (SHINGLE_WORDS - len(t))] if len(t) < SHINGLE_WORDS else t for t in texts]
     lengths = np.array([len(t) for t in padded], np.int64)
-    words = np.fromiter((w for t in padded for w in t), np.uint64, count=int(lengths.sum()))
+    words = np.fromiter(chain.from_iterable(padded), np.uint64, count=int(lengths.sum()))
     hashes = np.zeros(len(words) - SHINGLE_WORDS + 1, np.uint64)
     for offset in range(SHINGLE_WORDS):
         hashes *= np.uint64(0x9E3779B97F4A7C15)

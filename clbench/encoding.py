@@ -3,6 +3,7 @@
 Words recur. A byte-level BPE with GPT-2's regular expression never looks across a place where white space begins after
 something else, so a text may be cut there into *pieces*; a piece of ASCII falls into *words* by that expression. Both
 are looked up, and only a word that was not met lately (or a piece beyond ASCII) is encoded, by the tokenizer itself.
+Text that hardly repeats itself is noticed and encoded whole.
 ``word_pattern`` says for which tokenizers this is exact; all others encode whole texts. Reading texts and writing
 tokens is left to ``clbench.build``.
 """
@@ -13,7 +14,7 @@ import json
 import re
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
 
 Packed = tuple[NDArray[Any], NDArray[np.int64]]
 
-PORTION_CHARACTERS = 1 << 20
+PORTION_CHARACTERS = 1 << 18
 """Looked at together: bounds the memory, also of one very long text."""
 REMEMBERED = 1 << 18
 """Pieces, and words, kept in each of two generations: about 40 MB a generation."""
 REMEMBERED_CHARACTERS = 64
 """Longer ones hardly recur."""
+COST_OF_ASKING = 25
+"""Encoding a word by itself takes as long as so many characters of a long text do (measured: 20 to 30)."""
+LONGEST_PAUSE = 63
+"""Portions of text that hardly repeats itself which are encoded whole before words are tried again."""
 
 _SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 """The white space of ByteLevel's regular expression; Python's own notion of it is another."""
@@ -83,16 +88,15 @@ class Encoder:
         self._tokenizer.no_padding()
         self._eos = array(self._code, [eos_id]).tobytes()
         self._word = word_pattern(tokenizer)
-        self._words = _Memory(self._ask)
-        self._pieces = _Memory(self._by_words)
+        self._pieces, self._words = _Memory(), _Memory()
+        self._pause = self._paused = 0
 
     def encode(self, texts: Sequence[str]) -> Packed:
         """Return the packed tokens, an EOS after every text, and the length of every text with it."""
         encoded: list[bytes] = []
         lengths = np.zeros(len(texts), np.int64)
         for portion in _portions(texts, cut=self._word is not None):
-            parts = [part for _, part, _ in portion]
-            tokens = self._ask(parts) if self._word is None else self._pieces.join(map(_PIECE.findall, parts))
+            tokens = self._portion([part for _, part, _ in portion])
             for (index, _, last), part in zip(portion, tokens, strict=True):
                 encoded.append(part)
                 lengths[index] += len(part)
@@ -101,44 +105,66 @@ class Encoder:
         packed = np.frombuffer(b"".join(encoded), self.dtype)
         return packed, lengths // self.dtype.itemsize + 1
 
+    def _portion(self, texts: list[str]) -> list[bytes]:
+        """Return the tokens of texts, in the way that is likely to be faster."""
+        if self._word is None:
+            return self._ask(texts)
+        if self._paused < self._pause:
+            self._paused += 1
+            return self._ask(texts)
+        tokens = self._by_words(self._word, texts)
+        self._pause, self._paused = (min(2 * self._pause + 1, LONGEST_PAUSE) if tokens is None else 0), 0
+        return self._ask(texts) if tokens is None else tokens
+
+    def _by_words(self, word: re.Pattern[str], texts: list[str]) -> list[bytes] | None:
+        """Return the tokens of texts, put together from those of their pieces; None if that does not pay."""
+        pieces = [_PIECE.findall(text) for text in texts]
+        unknown = self._pieces.missing(pieces)
+        words = {piece: word.findall(piece) if piece.isascii() else [piece] for piece in unknown}
+        asked = self._words.missing(words.values())
+        if len(asked) * COST_OF_ASKING > sum(map(len, texts)):
+            return None
+        self._words.learn(asked, self._ask(asked))
+        self._pieces.learn(unknown, map(self._words.tokens, words.values()))
+        tokens = list(map(self._pieces.tokens, pieces))
+        self._words.forget_long(asked)
+        self._pieces.forget_long(unknown)
+        return tokens
+
     def _ask(self, texts: list[str]) -> list[bytes]:
         """Return the tokens of texts as the tokenizer gives them."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [array(self._code, encoding.ids).tobytes() for encoding in encodings]
 
-    def _by_words(self, pieces: list[str]) -> list[bytes]:
-        """Return the tokens of pieces, put together from those of their words; those beyond ASCII are asked for."""
-        assert self._word is not None
-        plain = [piece for piece in pieces if piece.isascii()]
-        other = [piece for piece in pieces if not piece.isascii()]
-        found = dict(zip(plain, self._words.join(map(self._word.findall, plain)), strict=True))
-        found |= zip(other, self._ask(other), strict=True)
-        return [found[piece] for piece in pieces]
-
 
 class _Memory:
-    """Remembers the tokens of strings that were met lately, in two generations, so that it stays small."""
+    """The tokens of strings that were met lately, in two generations, so that it stays small."""
 
-    def __init__(self, ask: Callable[[list[str]], list[bytes]]) -> None:
-        self._ask = ask
+    def __init__(self) -> None:
         self._recent: dict[str, bytes] = {}
         self._older: dict[str, bytes] = {}
 
-    def join(self, texts: Iterable[list[str]]) -> list[bytes]:
-        """Return the tokens of texts that are given in parts."""
-        texts = list(texts)
+    def missing(self, texts: Iterable[list[str]]) -> list[str]:
+        """Return the strings among the parts of texts that are not known; those that are known stay so until learnt."""
         if len(self._recent) >= REMEMBERED:
             self._older, self._recent = self._recent, {}
-        known, older = self._recent, self._older
-        new = set().union(*texts).difference(known)
-        known.update((part, older[part]) for part in new if part in older)
-        unknown = [part for part in new if part not in older]
-        known.update(zip(unknown, self._ask(unknown), strict=True))
-        joined = [b"".join(map(known.__getitem__, parts)) for parts in texts]
-        for part in unknown:
-            if len(part) > REMEMBERED_CHARACTERS:
-                del known[part]
-        return joined
+        new = set().union(*texts).difference(self._recent)
+        self._recent.update((string, self._older[string]) for string in new if string in self._older)
+        return [string for string in new if string not in self._older]
+
+    def learn(self, strings: Iterable[str], tokens: Iterable[bytes]) -> None:
+        """Remember the tokens of strings."""
+        self._recent.update(zip(strings, tokens, strict=True))
+
+    def tokens(self, parts: list[str]) -> bytes:
+        """Return the tokens of known strings, one after another."""
+        return b"".join(map(self._recent.__getitem__, parts))
+
+    def forget_long(self, strings: Iterable[str]) -> None:
+        """Forget those of some known strings that are too long to keep."""
+        for string in strings:
+            if len(string) > REMEMBERED_CHARACTERS:
+                del self._recent[string]
 
 
 def _portions(texts: Sequence[str], *, cut: bool) -> Iterator[list[tuple[int, str, bool]]]:

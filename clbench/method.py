@@ -103,7 +103,10 @@ class StagePlan:
     """What a method wants for one stage; None leaves it to the other components or to the track."""
 
     mixture: Mapping[int, float] | None = None
-    """Stage -> share of the token budget; shares sum to 1, no stage after the current one."""
+    """Stage -> share of the token budget (of the rows, where the track fixes the steps).
+
+    Shares sum to 1, no stage is after the current one.
+    """
     schedule: Schedule | None = None
     optimizer: Literal["carry", "reset"] | None = None
     """Adam's moments at the stage's start; the track's default is reset, as in TiC-LM."""

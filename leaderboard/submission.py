@@ -608,14 +608,14 @@ def check_ledger(folder: Path, n_stages: int, run: _Run, track: Mapping[str, Any
     }  # fmt: skip
     for name, parts in sums.items():
         problems.check(all(v >= 0 for v in parts.values()), where, f"{name} has a negative part")
-    budget = (track.get("training") or {}).get("n_tokens_per_stage")
+    budget = budget_of(track)
     for stage, sources in sorted(ledger.tokens.items()):
         total = sum(sources.values())
         problems.check(0 < stage < n_stages, where, f"tokens of stage {stage}, which is no trained stage")
         problems.check(all(0 <= s <= stage for s in sources), where, f"stage {stage} trained on a later stage's text")
         problems.check(all(n >= 0 for n in sources.values()), where, f"stage {stage} has a negative token count")
         problems.check(
-            budget is None or total in (0, budget),
+            budget == math.inf or total in (0, budget),
             where,
             f"stage {stage} trained {total} tokens, the budget is {budget}",
         )
@@ -624,12 +624,19 @@ def check_ledger(folder: Path, n_stages: int, run: _Run, track: Mapping[str, Any
     return n_trained
 
 
+def budget_of(track: Mapping[str, Any]) -> float:
+    """Return the tokens of a stage; infinite where the track fixes its steps instead, or says nothing."""
+    training = track.get("training") or {}
+    found = None if training.get("n_steps_per_stage") else training.get("n_tokens_per_stage")
+    return math.inf if found is None else found
+
+
 def check_steps(folder: Path, track: Mapping[str, Any], problems: Problems) -> None:
     """Check the training log, where there is one."""
     name, path = f"{folder.name}/steps.jsonl", folder / "steps.jsonl"
     if not path.is_file():
         return
-    budget = (track.get("training") or {}).get("n_tokens_per_stage", math.inf)
+    budget = budget_of(track)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:

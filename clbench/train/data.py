@@ -120,26 +120,27 @@ class DataOrder:
         batch with fewer rows than processes may be empty.
         """
         first, end = step * self.batch_rows, min((step + 1) * self.batch_rows, len(self.start))
-        rows = np.arange(first + (end - first) * rank // world_size, first + (end - first) * (rank + 1) // world_size)
-        size = micro_rows or max(1, len(rows))
-        return [self._read(rows[i : i + size], device) for i in range(0, len(rows), size)]
+        first, end = (first + (end - first) * r // world_size for r in (rank, rank + 1))
+        size = micro_rows or max(1, end - first)
+        return [self._read(slice(i, min(i + size, end)), device) for i in range(first, end, size)]
 
-    def _read(self, rows: NDArray[np.int64], device: torch.device) -> TokenBatch:
-        source, start, n = self.source[rows], self.start[rows], self.n_targets[rows]
-        if (source == source[0]).all() and (n == self.length).all():
-            text_BT = self._windows[int(source[0])][start]  # one gather for the usual batch
+    def _read(self, rows: slice, device: torch.device) -> TokenBatch:
+        start, n = self.start[rows], self.n_targets[rows]
+        sources = self.source[rows].tolist()
+        n_by_source = dict.fromkeys(sources, int(n.sum()))
+        if len(n_by_source) > 1:
+            n_by_source = {s: int(n[self.source[rows] == s].sum()) for s in n_by_source}
+        if len(n_by_source) == 1 and n.min() == self.length:
+            text_BT = self._windows[sources[0]][start]  # one gather for the usual batch
             inputs_BT, targets_BT = text_BT[:, :-1].astype(np.int64), text_BT[:, 1:].astype(np.int64)
         else:
-            inputs_BT = np.zeros((len(rows), self.length), dtype=np.int64)
-            targets_BT = np.full((len(rows), self.length), IGNORE, dtype=np.int64)
-            for b, (s, first, k) in enumerate(zip(source.tolist(), start.tolist(), n.tolist(), strict=True)):
-                text = self.tokens[s][first : first + k + 1]
+            inputs_BT = np.zeros((len(n), self.length), dtype=np.int64)
+            targets_BT = np.full((len(n), self.length), IGNORE, dtype=np.int64)
+            for b, (source, first, k) in enumerate(zip(sources, start.tolist(), n.tolist(), strict=True)):
+                text = self.tokens[source][first : first + k + 1]
                 inputs_BT[b, :k], targets_BT[b, :k] = text[:-1], text[1:]
         return TokenBatch(
-            torch.from_numpy(inputs_BT).to(device),
-            torch.from_numpy(targets_BT).to(device),
-            int(n.sum()),
-            {int(s): int(n[source == s].sum()) for s in dict.fromkeys(source.tolist())},
+            torch.from_numpy(inputs_BT).to(device), torch.from_numpy(targets_BT).to(device), int(n.sum()), n_by_source
         )
 
 
