@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clbench import __version__
+from clbench.cli_arms import arms
+from clbench.cli_facts import facts
+from clbench.cli_results import slices
 from clbench.cli_stream import stream_app
 from clbench.errors import ClbenchError, ConfigError
 
@@ -34,6 +37,8 @@ app = typer.Typer(
 )
 leaderboard_app = typer.Typer(help="Build the leaderboard page, pack and verify submissions.", no_args_is_help=True)
 mlflow_app = typer.Typer(help="Rebuild what MLflow shows from run folders.", no_args_is_help=True)
+for results_command in (slices, facts, arms):
+    app.command()(results_command)
 app.add_typer(stream_app, name="stream")
 app.add_typer(leaderboard_app, name="leaderboard")
 app.add_typer(mlflow_app, name="mlflow")

@@ -1,9 +1,10 @@
 """Finds content by name: built-in folders, entry points of installed packages, and file or module paths.
 
 A name is a file's name (``replay`` is ``methods/replay.py``; ``-`` and ``_`` are the same); there is no registration
-step. ``my/file.py``, ``my/file.py:Class`` and ``package.module:Class`` work wherever a name does; a stream may also be a
-YAML specification (``clbench.specification``), by name or path. Options follow a colon: ``NAME:option=value,option=value``.
-Nothing is imported before it is asked for. This is the only place where the engine reaches content.
+step. ``my/file.py``, ``my/file.py:Class`` and ``package.module:Class`` work wherever a name does; a stream may also be
+a YAML specification (``clbench.specification``), by name or path. Options follow a colon:
+``NAME:option=value,option=value``. Nothing is imported before it is asked for. This is the only place where the engine
+reaches content.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def _has_class(kind: Kind, name: str) -> bool:
     entry = _available(kind)[name]
     if isinstance(entry, EntryPoint):
         return True
-    # A module that only holds a parametrised base (streams/codedocs.py) is not content by itself.
+    # A module whose class has no name of its own (streams/hub.py) is used through specifications.
     return any(_is_content(cls, kind) for cls in _own_classes(importlib.import_module(entry), BASE_CLASSES[kind]))
 
 

@@ -1,7 +1,7 @@
 """Stream specifications: a stream described in one small YAML file instead of a Python class.
 
-It names a source (``documents``, ``hub``, a combinator …), its options, and how the builder splits and tokenises. Built-in
-ones stand in ``streams/``, those of ``clbench stream build --name`` in the cache folder; any other by its path.
+It names a source (``documents``, ``hub``, a combinator …), its options, and how the builder splits and tokenises.
+Built-in ones stand in ``streams/``, those of ``clbench stream build --name`` in the cache folder; others by their path.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Suite(ABC):
     version: int = 1
     """Raise it whenever the measured values change: old cells are then measured again."""
     example: str | None = None
-    """A small stream to try it on, for a suite that cannot measure on any (its questions are in the stream's extras)."""
+    """A small stream to try it on, for a suite that needs extra files of its stream and cannot measure any other."""
 
     def __init__(self, stream: Stream, options: Any = None) -> None:
         self.stream = stream

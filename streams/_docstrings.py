@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 TAB_COLUMNS = 8
+MAX_COLUMNS = 64
+"""Blocks further right are read line by line, so that a file of any shape needs few patterns."""
 
 _STRING = r"""
     \"\"\"[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*(?:\"\"\"|\Z)
@@ -23,9 +24,19 @@ _STRING = r"""
 _FLAGS = re.VERBOSE | re.DOTALL
 _BREAK = re.compile(rf"{_STRING} | \#[^\n]* | \\\n | [\n()\[\]{{}}:]", _FLAGS)
 """Everything that decides where a logical line or a header ends; what lies between is skipped."""
-_INDENT = re.compile(r"[ \t\f]*")
+_DEFINES = r"(?:async[ \t]+def|def|class)[ \t]|@\w"
+_PLAIN = rf"""[^()\[\]{{}}"'\#\\\n]++ | {_STRING} | \#[^\n]*+ | \\\n?"""
+_BRACKETS = r"(?!)"
+for _depth in range(4):
+    _BRACKETS = rf"[(\[{{] (?: {_PLAIN} | \n(?!{_DEFINES}) | {_BRACKETS} )*+ [)\]}}]"
+_STATEMENT = rf"(?: {_PLAIN} | {_BRACKETS} | [)\]}}] )*+"
+_BLANK = r"[ \t\f]*+ (?: \#[^\n]*+ )? \n"
+_LINE = re.compile(rf"(?: {_BLANK} )*+ ([ \t\f]*+) ( {_STATEMENT} ) \n", _FLAGS)
+"""Blank lines and comments, then the indentation and the text of a logical line with brackets nested no deeper."""
+_BODIES: dict[int, re.Pattern[str]] = {}
+"""By column, what skips the body of a block: see ``_end_of_body``."""
 _HEADER = re.compile(r"(?:async[ \t]+)?(def|class)[ \t]+(\w+)")
-_DEFINES_AT_MARGIN = re.compile(r"(?:async[ \t]+def|def|class)[ \t]|@\w")
+_DEFINES_AT_MARGIN = re.compile(_DEFINES)
 _LITERAL = re.compile(rf"([a-zA-Z]{{0,3}})({_STRING})", _FLAGS)
 _BETWEEN = re.compile(r"(?:\s|\\\n|\#[^\n]*)*")
 _ESCAPE = re.compile(r"\\(\n|[0-7]{1,3}|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|N\{[^}\n]+\}|.)", re.DOTALL)
@@ -36,18 +47,23 @@ _SIMPLE_ESCAPES = {"\n": "", "a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\
 class Definition:
     """A module, class or function.
 
-    ``signature`` is what stands between the name and the colon, on one line and without comments; ``docstring`` is
-    None where there is none, else its value without the common indentation.
+    ``header`` is what stands between the name and the colon; ``docstring`` is None where there is none, else its value
+    without the common indentation.
     """
 
     kind: str
     name: str
     qualname: str
     column: int
-    signature: str = ""
+    header: str = ""
     docstring: str | None = None
     times_defined: dict[str, int] = field(default_factory=dict, repr=False)
     """How often each name was defined in this scope."""
+
+    @property
+    def signature(self) -> str:
+        """The header on one line and without comments."""
+        return _one_line(self.header)
 
 
 def definitions(source: str) -> list[Definition]:
@@ -58,27 +74,34 @@ def definitions(source: str) -> list[Definition]:
     module = Definition("module", "", "", column=-1)
     found, scopes = [module], [module]
     waiting: Definition | None = module  # for the first statement of its block
-    for column, line in _logical_lines(source):
+    text, start = source + "\n", 0
+    while (logical := _logical_line(text, start)) is not None:
+        column, line, start = logical
         if waiting is not None:
             if column > waiting.column:
                 waiting.docstring = _docstring(line)
             waiting = None
         while scopes[-1].column >= column:
             scopes.pop()
-        header = _HEADER.match(line)
-        if header is None:
-            continue
-        colon = _header_end(line, header.end())
-        new = _define(scopes[-1], header.group(1), header.group(2), column)
-        new.signature = _one_line(line[header.end() : colon])
-        found.append(new)
-        scopes.append(new)
-        body = line[_between_end(line, colon + 1) :]
-        if body:
-            new.docstring = _docstring(body)
-        else:
-            waiting = new
+        if header := _HEADER.match(line):
+            waiting = _open(header, line, column, scopes)
+            found.append(scopes[-1])
+        if waiting is None:
+            start = _end_of_body(text, start, scopes[-1].column + 1)
     return found
+
+
+def _open(header: re.Match[str], line: str, column: int, scopes: list[Definition]) -> Definition | None:
+    """Enter a new scope; return it if the first statement of its block is still to come."""
+    colon = _header_end(line, header.end())
+    new = _define(scopes[-1], header.group(1), header.group(2), column)
+    new.header = line[header.end() : colon]
+    scopes.append(new)
+    body = line[_between_end(line, colon + 1) :]
+    if not body:
+        return new
+    new.docstring = _docstring(body)
+    return None
 
 
 def _define(scope: Definition, kind: str, name: str, column: int) -> Definition:
@@ -87,26 +110,54 @@ def _define(scope: Definition, kind: str, name: str, column: int) -> Definition:
     return Definition(kind, name, f"{scope.qualname}.{unique}" if scope.qualname else unique, column)
 
 
-def _logical_lines(source: str) -> Iterator[tuple[int, str]]:
-    """Yield the column and the text of every logical line that is neither blank nor a comment."""
-    start = depth = 0
-    for match in _BREAK.finditer(source + "\n"):
+def _logical_line(text: str, start: int) -> tuple[int, str, int] | None:
+    """Return column, text and end of the next logical line that is neither blank nor a comment; None at the end."""
+    while start < len(text):
+        if line := _LINE.match(text, start):
+            indent, statement = line.groups()
+            start = line.end()
+        else:
+            end = _line_end(text, start)
+            if end is None:
+                return None
+            statement = text[start:end].lstrip(" \t\f")
+            indent = text[start : end - len(statement)]
+            start = end + 1
+        if statement and statement[0] != "#":
+            return _column(indent), statement, start
+    return None
+
+
+def _end_of_body(text: str, start: int, column: int) -> int:
+    """Return where the first line after ``start`` begins that could end the block or define something in it.
+
+    Lines that start at ``column`` or further right and define nothing are skipped.
+    """
+    if column >= MAX_COLUMNS:
+        return start
+    if column not in _BODIES:
+        indent = rf"[ ]{{{column},}}+ (?! [ \t\f\n\#] | (?: async | def | class ) [ \t] )"
+        _BODIES[column] = re.compile(rf"(?: {indent} {_STATEMENT} \n | {_BLANK} )*+", _FLAGS)
+    match = _BODIES[column].match(text, start)
+    return start if match is None else match.end()
+
+
+def _line_end(text: str, start: int) -> int | None:
+    """Return where the newline stands that ends the logical line from ``start``, however deep its brackets are."""
+    depth = 0
+    for match in _BREAK.finditer(text, start):
         first = match.group()[0]
         if first in "([{":
             depth += 1
         elif first in ")]}":
             depth = max(0, depth - 1)
-        elif first == "\n" and (depth == 0 or _DEFINES_AT_MARGIN.match(source, match.end())):
-            depth = 0  # a bracket that was never closed hides no more than one definition
-            indent = _INDENT.match(source, start)
-            text_start = start if indent is None else indent.end()
-            if text_start < match.start() and source[text_start] != "#":
-                yield _column(source[start:text_start]), source[text_start : match.start()]
-            start = match.end()
+        elif first == "\n" and (depth == 0 or _DEFINES_AT_MARGIN.match(text, match.end())):
+            return match.start()  # a bracket that was never closed hides no more than one definition
+    return None
 
 
 def _column(indent: str) -> int:
-    return len(indent.rpartition("\f")[2].expandtabs(TAB_COLUMNS))
+    return len(indent.rpartition("\f")[2].expandtabs(TAB_COLUMNS)) if indent.strip(" ") else len(indent)
 
 
 def _header_end(line: str, start: int) -> int:

@@ -229,12 +229,18 @@ def write_rows(path: Path, rows: pa.Table) -> None:
 
 
 def find_runs(folders: Iterable[Path]) -> list[RunStore]:
-    """Return the runs at or below the given folders, in path order."""
+    """Return the runs at or below the given folders, in path order; MLflow's copies beside them are none."""
     found: dict[Path, RunStore] = {}
     for folder in folders:
         if not folder.exists():
             raise NotFoundError("folder is missing", where=folder)
         for path in sorted(folder.rglob("run.yaml")):
-            if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            parts = path.relative_to(folder).parts
+            if not any(part.startswith(".") for part in parts) and not _is_mlflow_copy(path):
                 found.setdefault(path.parent.resolve(), RunStore(path.parent))
     return list(found.values())
+
+
+def _is_mlflow_copy(path: Path) -> bool:
+    """Return whether a file is ``DATABASE-artifacts/RUN/artifacts/FILE``, as ``clbench.tracking`` has MLflow keep it."""
+    return path.parent.name == "artifacts" and path.parents[2].name.endswith("-artifacts")

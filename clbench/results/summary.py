@@ -43,6 +43,7 @@ __all__ = [
     "compare",
     "group_runs",
     "rank",
+    "scores_of",
     "summarise",
 ]
 
@@ -353,7 +354,7 @@ def summarise(runs: Sequence[RunStore], *, suite: str = "heldout", unit: Unit = 
         unit=unit,
         matrices={u: mean_of(list(matrices.values())) for u, matrices in per_seed.items()},
         oracle=oracle,
-        scores=_scores(per_seed[unit], documents, oracle[unit]),
+        scores=scores_of(per_seed[unit], documents, oracle[unit]),
         bill=_bill([run.store for run in kept]),
         missing_rows=[stage for stage in columns if stage not in kept[0].store.stages_done()],
         left_out=left_out,
@@ -389,13 +390,25 @@ def _oracle(run: _Run, unit: Unit, n_columns: int) -> Array | None:
     return vector
 
 
-def _scores(matrices: dict[int, Matrix], documents: dict[int, Documents], oracle: Array | None) -> dict[str, Score]:
-    """Return every metric with its interval."""
+def scores_of(
+    matrices: dict[int, Matrix],
+    documents: dict[int, Documents],
+    oracle: Array | None,
+    names: Sequence[str] = tuple(METRICS),
+) -> dict[str, Score]:
+    """Return metrics with their intervals: t over seeds, or for one seed the bootstrap over documents.
+
+    Args:
+        matrices: per seed.
+        documents: per seed, what the matrices were computed from.
+        oracle: loss per period, shape ``[C]``; without it losses are plain.
+        names: of METRICS.
+    """
     resampled = None
     if len(matrices) == 1:
         ((seed, matrix),) = matrices.items()
         (resampled,) = stats.resample([documents[seed]], matrix.unit, matrix.column_stages)
-    return {name: _score(metric, matrices, documents, oracle, resampled) for name, metric in METRICS.items()}
+    return {name: _score(METRICS[name], matrices, documents, oracle, resampled) for name in names}
 
 
 def _score(

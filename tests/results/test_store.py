@@ -99,6 +99,7 @@ def test_find_runs(tmp_path: Path) -> None:
     write_run(tmp_path / "b" / "seed-0", n_stages=1)
     write_run(tmp_path / "a" / "seed-0", n_stages=1)
     write_run(tmp_path / ".old.tmp" / "seed-0", n_stages=1)
+    write_run(tmp_path / "mlflow-artifacts" / "0123" / "artifacts", n_stages=1)
     found = find_runs([tmp_path, tmp_path / "a"])
     assert [store.folder for store in found] == [tmp_path / "a" / "seed-0", tmp_path / "b" / "seed-0"]
     with pytest.raises(NotFoundError, match="folder is missing"):

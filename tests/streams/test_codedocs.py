@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import subprocess
 import sys
 import tarfile
@@ -15,8 +16,10 @@ import yaml
 
 from clbench import index
 from clbench.errors import ConfigError, IntegrityError, NotFoundError, OfflineError
+from clbench.registry import make_stream_source
 from clbench.stream import Document
-from clbench.streams.codedocs import CodeDocs, Manifest, decode, is_prose, is_wanted, read_manifest
+from clbench.streams import _docstrings
+from clbench.streams.codedocs import LICENCES, CodeDocs, Manifest, decode, is_prose, is_wanted, read_manifest
 from clbench.streams.codedocs_nano import CodeDocsNano
 from tests.index_server import IndexServer, index_server
 
@@ -183,6 +186,160 @@ def test_stages_can_be_read_in_any_order_and_again(manifest: Path) -> None:
     assert late_first == [in_order[1], in_order[0], in_order[1]]
 
 
+def test_parts_are_releases_and_make_up_the_documents(manifest: Path) -> None:
+    source = CodeDocs(manifest)
+    assert [source.n_parts(stage) for stage in (0, 1)] == [1, 2]
+    parts = [list(CodeDocs(manifest).part(1, part)) for part in (1, 0)]
+    assert [*parts[1], *parts[0]] == list(source.documents(1))
+    assert [{d.group for d in part} for part in parts] == [{"graphs"}, {"other"}]
+
+
+def saved_digests(tmp_path: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted((tmp_path / "home" / "sources").rglob("*.bin"))}
+
+
+def test_digests_on_disk_spare_reading_a_release_twice(manifest: Path, tmp_path: Path) -> None:
+    expected = list(CodeDocs(manifest).documents(1))
+    assert len(saved_digests(tmp_path)) == 3, "both releases of the stage and the one before"
+    (tmp_path / "home" / "downloads" / "graphs-0.1.tar.gz").unlink()
+    assert list(CodeDocs(manifest).documents(1)) == expected, "the old release itself is not needed any more"
+
+
+@pytest.mark.parametrize("damage", ["a bit", "half", "nothing left", "another release's", "another extraction's"])
+def test_digests_that_are_broken_or_stale_are_computed_again(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    expected = list(CodeDocs(manifest).documents(1))
+    good = saved_digests(tmp_path)
+    if damage == "another extraction's":
+        monkeypatch.setattr("clbench.streams.codedocs.EXTRACTION_VERSION", 2)
+        list(CodeDocs(manifest).documents(1))
+        others = [data for path, data in saved_digests(tmp_path).items() if path not in good]
+        monkeypatch.undo()
+        monkeypatch.setenv("CLBENCH_HOME", str(tmp_path / "home"))
+    for place, (path, data) in enumerate(good.items()):
+        planted = {
+            "a bit": data[:40] + bytes([data[40] ^ 1]) + data[41:],
+            "half": data[: len(data) // 2],
+            "nothing left": b"",
+            "another release's": [*good.values()][place - 1],
+            "another extraction's": others[place] if damage == "another extraction's" else b"",
+        }
+        path.write_bytes(planted[damage])
+    assert list(CodeDocs(manifest).documents(1)) == expected
+    repaired = saved_digests(tmp_path)
+    changed_back = [path for path in good if repaired[path] == good[path]]
+    assert changed_back, "what was found broken was written again"
+
+
+def test_a_stream_of_some_packages(manifest: Path) -> None:
+    whole = CodeDocs(manifest)
+    graphs = CodeDocs(CodeDocs.Options(manifest=str(manifest), packages=("Graphs",)))
+    other = CodeDocs(CodeDocs.Options(manifest=str(manifest), packages=("other",)))
+    both = CodeDocs(CodeDocs.Options(manifest=str(manifest), packages=("other", "graphs")))
+    assert [s.name for s in graphs.stages()] == ["2008", "2020"] and graphs.name == "two-stages-graphs"
+    assert [(s.index, s.name) for s in other.stages()] == [(0, "2020")], "years without a release are left out"
+    assert both.name == "two-stages-graphs-other" and list(both.documents(1)) == list(whole.documents(1))
+    assert list(graphs.documents(1)) == [d for d in whole.documents(1) if d.group == "graphs"]
+    settings = [source.settings() for source in (whole, graphs, other, both)]
+    assert all(a != b for place, a in enumerate(settings) for b in settings[place + 1 :])
+    with pytest.raises(NotFoundError, match=r"no package 'grahps'; did you mean 'graphs'\?"):
+        CodeDocs(CodeDocs.Options(manifest=str(manifest), packages=("graphs", "grahps")))
+
+
+def test_options_on_the_command_line(manifest: Path) -> None:
+    source = make_stream_source(f"codedocs:manifest={manifest},packages=graphs+other")
+    assert source.name == "two-stages-graphs-other"
+    assert make_stream_source("codedocs").settings() == CodeDocs().settings()
+    numpy = make_stream_source("codedocs:packages=NumPy+scikit_learn")
+    assert numpy.name == "codedocs-numpy-scikit-learn" and numpy.stages()[0].name == "2009"
+    celery = make_stream_source("codedocs-nano:packages=celery")
+    assert celery.name == "codedocs-nano-celery" and len(celery.stages()) == 3
+    everything = "+".join({r.package for stage in CodeDocs().manifest.stages for r in stage.releases})
+    assert make_stream_source(f"codedocs:packages={everything}").name == "codedocs-42-packages"
+
+
+TRICKY = [
+    "def f(a=(1, [2, {3: ((((4)))))}]), b=2):\n    '''Doc.'''\n    x = (\n  ]\ndef g():\n    'Doc.'\n",
+    "class A:\n\t'Tab.'\n        def m(self):\n            'Eight.'\n\x0c\nx = (\nclass B(\n): 'After.'\n",
+    "if x:\n  def f(): 'One.'\n  y = \\\n3\n    # comment (\n  def f(\n    a): 'Two.'\n)\n'(' ; def_ = 1\ndef h(:\n",
+    '"""Module."""\nasync  def f(x="(", y=\'\'\'\n)\'\'\') -> {((((((1))))))}:\n  # c\n\n  "Doc."\n  "open\n',
+    "def f():\n    x = [[[[[[[\n    1]]]]]]]\n    def g():\n        'In.'\n  ) def h(): 'No.'\ndef i():\n    'I'",
+    "x = (((((\n" * 50 + "def f(): 'End.'\n" + "\\",
+]
+
+
+def test_fast_reading_of_modules_equals_line_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With patterns that match nothing every line goes through the plain scanner of brackets and strings."""
+    library = Path(subprocess.__file__).parent
+    texts = [*TRICKY, *((library / name).read_text("utf-8") for name in ("argparse.py", "typing.py", "datetime.py"))]
+
+    def read() -> list[tuple[str, str, str | None]]:
+        found = (d for text in texts for d in _docstrings.definitions(text))
+        return [(d.qualname, d.signature, d.docstring) for d in found]
+
+    fast = read()
+    monkeypatch.setattr(_docstrings, "_LINE", re.compile("(?!)"))
+    monkeypatch.setattr(_docstrings, "MAX_COLUMNS", -1)
+    assert read() == fast and len(fast) > 300
+
+
+YEARLY = """\
+format: 2
+name: two-stages
+years: 2008-2021
+until: '2020-12-31'
+packages:
+  other:
+    licence: MIT
+    releases:
+    - 1 2020-01-02 {other}
+  graphs:
+    licence: MIT
+    releases:
+    - 0.1 2008-05-01 {old}
+    - 2.0 2020-12-31 {new}
+"""
+
+
+def yearly(manifest: Path) -> tuple[Path, str]:
+    """Write the yearly form of the manifest."""
+    releases = [r for stage in read_manifest(manifest).stages for r in stage.releases]
+    pins = {f"{r.package}-{r.version}": f"{r.n_bytes} {r.sha256} {r.file}" for r in releases}
+    text = YEARLY.format(other=pins["other-1"], old=pins["graphs-0.1"], new=pins["graphs-2.0"])
+    path = manifest.with_name("yearly.yaml")
+    path.write_text(text, encoding="utf-8")
+    return path, text
+
+
+def test_the_yearly_form_says_the_same(manifest: Path) -> None:
+    path, text = yearly(manifest)
+    assert read_manifest(path) == read_manifest(manifest)
+    assert CodeDocs(path).settings() == CodeDocs(manifest).settings()
+    path.write_text(text.replace("-2.0.zip", "-2.0.zip PSF-2.0"), encoding="utf-8")
+    assert [r.licence for r in read_manifest(path).stages[1].releases] == ["MIT", "PSF-2.0"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("licence: MIT", "licence: GPL-3.0", "GPL-3.0"),
+        ("2008-05-01", "2007-05-01", "not of the years"),
+        ("2020-12-31 ", "2021-01-02 ", "2021-01-02 is not in"),
+        ("- 2.0 ", "- 2.0 x y ", "is not 'version date"),
+        ("2.0 2020-12-31", "2.0 2008-12-31", "two releases of one package"),
+        ("licence: MIT", "license: MIT", "licen"),
+    ],
+)
+def test_a_wrong_yearly_manifest_is_one_clear_line(manifest: Path, old: str, new: str, said: str) -> None:
+    path, text = yearly(manifest)
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(ConfigError, match=said) as caught:
+        read_manifest(path)
+    assert "\n" not in str(caught.value) and "yearly.yaml" in str(caught.value)
+
+
 def test_stages_settings_and_summary(manifest: Path) -> None:
     source = CodeDocs(manifest)
     assert [(s.index, s.name, s.start, s.end) for s in source.stages()] == [
@@ -248,7 +405,8 @@ def test_a_release_that_is_pinned_truncated_is_named(manifest: Path, tmp_path: P
     [
         ("licence: MIT", "licence: GPL-3.0", "GPL-3.0"),
         ("2008-05-01", "2009-05-01", "2009-05-01"),
-        ("format: 1", "format: 2", "format"),
+        ("format: 1", "format: 3", "format"),
+        ("format: 1", "format: 2", "years"),
         ("version:", "versoin:", "versoin|version"),
         ("name: two-stages", "nam: [", "not YAML"),
         ("start: '2020-01-01'", "start: '2008-01-01'", "starts before|is not in"),
@@ -306,6 +464,21 @@ def test_what_reads_like_prose() -> None:
     assert not is_prose("\n".join("MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQ" * 1 for _ in range(20))), "a key"
 
 
+def test_the_full_manifest_keeps_its_promises() -> None:
+    source = CodeDocs()
+    stages = source.manifest.stages
+    releases = [release for stage in stages for release in stage.releases]
+    assert source.name == CodeDocs.name == "codedocs"
+    assert [stage.name for stage in stages] == [str(year) for year in range(2008, 2027)]
+    assert len({release.package for release in releases}) >= 40 and len(releases) >= 550
+    assert min(len(stage.releases) for stage in stages) >= 10
+    assert {release.licence for release in releases} <= LICENCES
+    assert sum(pin.n_bytes for pin in source.files()) < 3e9
+    assert len({release.file for release in releases}) == len({r.sha256 for r in releases}) == len(releases)
+    path = Path(__file__).parents[2] / "streams" / "codedocs.yaml"
+    assert path.stat().st_size < 100_000, "the wheel ships it"
+
+
 def test_the_shipped_manifest_keeps_its_promises() -> None:
     source = CodeDocsNano()
     manifest: Manifest = source.manifest
@@ -326,6 +499,9 @@ def test_nothing_in_an_archive_is_executed_or_unpacked(manifest: Path, tmp_path:
         "sys.stdout.write(f'{n} ' + str([m for m in sys.modules if 'graphs' in m or m == 'torch']))"
     )
     before = {path for path in tmp_path.rglob("*")}
+    digests = tmp_path / "home" / "sources"
     done = subprocess.run([sys.executable, "-c", code, str(manifest)], capture_output=True, text=True, check=True)
     assert done.stdout == "17 []" and done.stderr == ""
-    assert {path for path in tmp_path.rglob("*")} == before
+    after = {path for path in tmp_path.rglob("*") if not path.is_relative_to(digests)}
+    assert after == before, "digests of what was read, and nothing else"
+    assert {path.suffix for path in digests.rglob("*") if path.is_file()} == {".bin"}
