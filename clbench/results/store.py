@@ -242,5 +242,5 @@ def find_runs(folders: Iterable[Path]) -> list[RunStore]:
 
 
 def _is_mlflow_copy(path: Path) -> bool:
-    """Return whether a file is ``DATABASE-artifacts/RUN/artifacts/FILE``, as ``clbench.tracking`` has MLflow keep it."""
+    """Return whether a file is ``DATABASE-artifacts/RUN/artifacts/FILE``, which MLflow keeps (``clbench.tracking``)."""
     return path.parent.name == "artifacts" and path.parents[2].name.endswith("-artifacts")
