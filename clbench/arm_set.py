@@ -22,7 +22,7 @@ import yaml
 from clbench import registry
 from clbench.errors import ClbenchError, ConfigError
 from clbench.exposure import StageExposure, exposure
-from clbench.files import write_text
+from clbench.files import write_json, write_text
 from clbench.method import Composed
 from clbench.results.arms import Arm, differences_in_exposure, settings_text
 from clbench.specification import StreamSpecification, save_specification
@@ -219,9 +219,15 @@ def unmatched(planned: Sequence[PlannedArm]) -> dict[str, dict[str, float | str]
     return differences_in_exposure(arms)
 
 
-def with_paths(planned: Sequence[PlannedArm], folder: Path) -> list[PlannedArm]:
-    """Write the tracks of a plan into a folder and return the plan with their files."""
-    return [replace(arm, path=write_track(arm.track, folder)) for arm in planned]
+def write_arms(planned: Sequence[PlannedArm], folder: Path, *, name: str, method: str) -> list[PlannedArm]:
+    """Write the tracks of a plan into a folder and, last, its manifest ``NAME.json``; return the plan with paths.
+
+    The manifest holds tokens, rows, steps and summed learning rate of every arm per stage and group, and what differs.
+    """
+    written = [replace(arm, path=write_track(arm.track, folder)) for arm in planned]
+    arms = [arm.as_dict() | {"stream_sha256": arm.track.stream_sha256} for arm in written]
+    write_json(folder / f"{name}.json", {"method": method, "arms": arms, "unmatched": unmatched(written)})
+    return written
 
 
 def doses_of(tracks: Sequence[str]) -> dict[str, float]:

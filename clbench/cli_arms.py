@@ -48,8 +48,12 @@ def make_arms(
     wanted = _modes(modes)
     streams = [stream for _, stream in arm_set.build_arms(chosen).values()]
     tracks = arm_set.tracks_of(chosen, streams, template, wanted, composed)
-    planned = arm_set.with_paths(arm_set.plan(tracks, composed, seed=template.seeds[0]), out)
-    console.say(f"{len(planned)} tracks in {out}: run `clbench prepare` and `clbench run --track` with each file")
+    planned = arm_set.plan(tracks, composed, seed=template.seeds[0])
+    planned = arm_set.write_arms(planned, out, name=chosen.name, method=method)
+    console.say(
+        f"{len(planned)} tracks and their manifest, {chosen.name}.json, in {out}; "
+        "run `clbench prepare` and `clbench run --track` with each"
+    )
     return planned
 
 

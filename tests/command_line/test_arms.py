@@ -105,6 +105,16 @@ def test_groups_add_up_to_the_stage(made: Made) -> None:
     assert abs(share / arm(made, "tiny-arms-junk-50-packed")["tokens"] - 0.5) < 0.1
 
 
+def test_the_manifest_beside_the_tracks_says_the_same(made: Made) -> None:
+    path = next(iter(made.tracks.values())).parent / "tiny-arms.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    assert manifest["unmatched"] == made.plan["unmatched"] != {}
+    kept = [{key: value for key, value in one.items() if key != "stream_sha256"} for one in manifest["arms"]]
+    assert kept == made.plan["arms"]
+    digests = {one["stream"]: one["stream_sha256"] for one in manifest["arms"]}
+    assert len(set(digests.values())) == 3, "one a dose"
+
+
 def test_the_plan_of_written_tracks_is_the_same(made: Made) -> None:
     names = ("tiny-arms-0-rows", "tiny-arms-junk-100-rows")
     shown = clbench("stream", "arms", *(made.tracks[name] for name in names), "--json")
