@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 os.environ.update(ENVIRONMENT)  # before any test imports a library that reads them; subprocesses inherit them
+# A shell starts background jobs with Ctrl-C ignored, which subprocesses would inherit; tests send it to them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
