@@ -35,8 +35,8 @@ EOS_POLICY = "one after every document"
 SPLITS: tuple[Split, ...] = get_args(Split)
 ROW_GROUP_ROWS = 65_536
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-TOKENIZER_TRAINING_BYTES = 1 << 30
-"""Text of stage 0 that a tokenizer is trained on at most."""
+TOKENIZER_TRAINING_CHARACTERS = 1 << 30
+"""Of stage 0's text, that a tokenizer is trained on at most."""
 
 
 # --- tokenizer ----------------------------------------------------------------------------------------------
@@ -74,15 +74,15 @@ def train_tokenizer(batches: Iterable[Sequence[str]], vocab_size: int) -> Tokeni
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_at_most(batches, TOKENIZER_TRAINING_BYTES), trainer)
+    tokenizer.train_from_iterator(_at_most(batches, TOKENIZER_TRAINING_CHARACTERS), trainer)
     return tokenizer
 
 
-def _at_most(batches: Iterable[Sequence[str]], n_bytes: int) -> Iterable[Sequence[str]]:
+def _at_most(batches: Iterable[Sequence[str]], n_characters: int) -> Iterable[Sequence[str]]:
     for batch in batches:
         yield batch
-        n_bytes -= sum(map(len, batch))
-        if n_bytes <= 0:
+        n_characters -= sum(map(len, batch))
+        if n_characters <= 0:
             return
 
 

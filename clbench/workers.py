@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -154,15 +155,24 @@ def main() -> None:
     module, _, name = sys.argv[1].partition(":")
     function = getattr(importlib.import_module(module), name)
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a source prints must not mix with the answers
-    for line in sys.stdin:
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(lines,), daemon=True).start()
+    while True:
         try:
-            answer: dict[str, Any] = {"result": function(json.loads(line))}
+            answer: dict[str, Any] = {"result": function(json.loads(lines.get()))}
         except ClbenchError as error:
             where = None if error.where is None else str(error.where)
             found = {"type": type(error).__name__, "what": error.what, "where": where, "mend": error.mend}
             answer = {"error": found}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _listen(lines: queue.SimpleQueue[str]) -> None:
+    """Pass tasks on; end the process at once when the parent is gone, so that the next build finds nobody writing."""
+    for line in sys.stdin:
+        lines.put(line)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def test_a_killed_build_goes_on_with_the_parts_that_were_read(
         process.send_signal(signal.SIGKILL)
     before = [part for part, _ in read_parts(log)]
     assert 6 <= len(before) < 12, "it was killed in the middle"
-    time.sleep(0.3)  # an orphaned worker ends with its part
+    time.sleep(0.3)  # orphaned workers have ended by then, see the next test
     log.unlink()
     monkeypatch.setenv("PARTED_LOG", str(log))
     # `slow` changes no document and stands in no setting: the same stream, so the same work folder.
@@ -190,6 +190,16 @@ def test_a_killed_build_goes_on_with_the_parts_that_were_read(
     monkeypatch.setenv("CLBENCH_HOME", str(tmp_path / "fresh"))
     assert build_stream(registry.make_stream_source(parted), progress=False).sha256 == stream.sha256
     assert not list(stream.folder.parent.glob(".*.building.tmp"))
+
+
+def test_a_worker_ends_in_the_middle_of_its_task_when_its_parent_is_gone() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "clbench.workers", "time:sleep"], cwd=ROOT, stdin=subprocess.PIPE, text=True
+    ) as worker:
+        assert worker.stdin is not None
+        worker.stdin.write("600\n")
+        worker.stdin.close()
+        assert worker.wait(timeout=30) == 0
 
 
 def test_a_build_cut_while_tokenising_goes_on_there(
