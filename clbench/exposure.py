@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clbench.method import Composed, Cosine
+from clbench.method import Composed, Cosine, Need
 from clbench.stream import Stream
 from clbench.track import Track
-
-if TYPE_CHECKING:
-    from clbench.train.loop import Job
 
 IntArray = NDArray[np.int64]
 
@@ -63,15 +59,17 @@ def exposure(track: Track, stream: Stream, method: Composed, *, seed: int) -> li
     """
     from clbench.run import plan_stages
 
-    return [_of_stage(track, stream, method, stage, seed) for stage in plan_stages(track, stream)]
+    return [_of_stage(track, stream, method, stage, seed) for stage in plan_stages(track, stream, seed)]
 
 
 def _of_stage(track: Track, stream: Stream, method: Composed, stage: Any, seed: int) -> StageExposure:
-    from clbench.train.loop import make_order
+    from clbench.train.rows import RowPlanner
 
     plan = method.plan(stage)
     # The loop's own function, so that what is planned cannot differ from what is done.
-    order = make_order(cast("Job", SimpleNamespace(stream=stream, training=track.training, seed=seed)), stage, plan)
+    keeps_control = method.needs(Need.CONTROL_DATA)
+    planner = RowPlanner(stream=stream, training=track.training, seed=seed, keeps_control=keeps_control)
+    order = planner.rows(stage, plan)
     schedule = plan.schedule or Cosine(peak=stage.learning_rate, warmup_steps=stage.warmup_steps, floor=stage.floor)
     n_steps = order.n_steps if plan.train else 0
     rates = np.array([schedule(step, n_steps) for step in range(n_steps)])

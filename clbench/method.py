@@ -2,8 +2,11 @@
 
 Readable in five minutes. A method overrides what it uses of::
 
+    attach(module)         put adapters into the model
+    make_optimizer(...)    another optimizer than AdamW
     plan(stage)            mixture over stages, learning-rate schedule, optimizer policy
     begin_stage(ctx)       take an anchor, freeze a teacher
+    review(ctx)            another mixture for what is left of the stage
     extra_loss(ctx, ...)   a term that needs autograd
     edit_gradients(ctx)    closed-form edit of the gradients, once per optimizer step, before clipping
     after_step(ctx)        proximal step, averaging, shrink-and-perturb
@@ -47,6 +50,8 @@ class Need(StrEnum):
     """To be told when a stage begins and ends."""
     SECOND_MODEL = "second_model"
     """A second copy of the model in memory (a teacher)."""
+    CONTROL_DATA = "control_data"
+    """Losses on rows of training text that are kept back from training (``ctx.control_loss``), to steer by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,8 @@ class Stage:
     """The track's warm-up."""
     floor: float
     """The track's final learning rate, as a share of the peak."""
+    seed: int = 0
+    """The same for all stages of a run: for what a plan draws at random."""
 
 
 class Schedule(Protocol):
@@ -98,6 +105,31 @@ class Cosine:
         return end + 0.5 * (self.peak - end) * (1 + math.cos(math.pi * progress))
 
 
+def tail_steps(fraction: float, n_steps: int) -> int:
+    """Return how many of a stage's steps its last ``fraction`` is: at least one, at most all."""
+    return min(n_steps, max(1, round(fraction * n_steps)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """A release that is trained on the side: the stage's last steps twice, once decaying for it, once to go on from.
+
+    The loop leaves the main line ``tail_steps(fraction, n_steps)`` steps before the stage's end, trains these steps
+    under ``schedule``, ends the stage there (``end_stage``, ``release``), puts everything back, and trains the same
+    rows on the main line. So release and resume weights have both seen every token of the stage once, and what the
+    branch cost stands in the ledger as ``decay_branch`` (WSD: Hu et al. 2024, MiniCPM, arXiv 2404.06395, section 4).
+    """
+
+    schedule: Schedule
+    """In steps of the stage, like the main line's; only its last ones are asked for."""
+    fraction: float
+    """Share of the stage's steps."""
+
+
+OptimizerPolicy = Literal["carry", "reset", "reset_first"]
+"""Adam's state at a stage's start: kept, dropped, or kept without the first moments (the momentum)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
     """What a method wants for one stage; None leaves it to the other components or to the track."""
@@ -108,10 +140,21 @@ class StagePlan:
     Shares sum to 1, no stage is after the current one.
     """
     schedule: Schedule | None = None
-    optimizer: Literal["carry", "reset"] | None = None
+    optimizer: OptimizerPolicy | None = None
     """Adam's moments at the stage's start; the track's default is reset, as in TiC-LM."""
     train: bool = True
     """False: the stage takes no optimizer step at all."""
+    branch: Branch | None = None
+    """Release weights that are trained apart from the weights that training goes on from."""
+    pools: Mapping[int, int] | None = None
+    """Stage -> how many of its tokens may be drawn at most, a bounded buffer; stages that are missing have no bound.
+
+    The pool of a stage is what this run drew first when that stage was new, so a smaller one is part of a larger one.
+    """
+    excluded: frozenset[str] = frozenset()
+    """Identities of documents (see ``clbench.stream.identity_of``) no token of which may be drawn from any stage."""
+    review_steps: int | None = None
+    """Ask ``review`` before every so many steps; rows are then drawn in the order of their pools."""
 
 
 class Batch(Protocol):
@@ -125,6 +168,16 @@ class Batch(Protocol):
     @property
     def targets_BT(self) -> torch.Tensor:
         """The token after each input, int64; -100 where there is no target."""
+        ...
+
+    @property
+    def source_B(self) -> torch.Tensor:
+        """Stage that each row's text is from, int64."""
+        ...
+
+    @property
+    def first_row(self) -> int:
+        """Place of the batch's first row among the rows of the stage, in training order."""
         ...
 
 
@@ -170,6 +223,31 @@ class Context(Protocol):
         """
         ...
 
+    def training_batches(self) -> Iterator[Batch]:
+        """Yield the batches that this stage will train on, in order, before it does (CURRENT_DATA).
+
+        Raises:
+            ConfigError: the plan asks for reviews, so nobody knows them yet.
+        """
+        ...
+
+    def tokens_drawn(self) -> dict[int, int]:
+        """Return source stage -> target tokens that this stage has trained on so far."""
+        ...
+
+    def control_loss(self, stages: Sequence[int], *, n_rows: int, weights: Weights | None = None) -> dict[int, float]:
+        """Return the loss on rows of past and present stages that are kept back from training (CONTROL_DATA).
+
+        Args:
+            stages: none after the current one. Of stage 0 the base has seen all rows.
+            n_rows: rows of each stage, at most ``CONTROL_ROWS``.
+            weights: measured instead of the present ones, which come back.
+
+        Returns:
+            Stage -> nats per token, in eval mode; billed as ``control``.
+        """
+        ...
+
     def seed(self, *names: int | str) -> int:
         """Return a seed for the method's own random stream, derived from run, stage, step and names."""
         ...
@@ -197,6 +275,21 @@ class Method:
     def __init__(self, options: Any = None) -> None:
         self.options: Any = options if options is not None else self.Options()
 
+    def attach(self, module: torch.nn.Module, seed: int) -> None:
+        """Put adapters into a model in place, before anything else; called again when a run is resumed.
+
+        Parameters that need no gradient are not trained. ``release`` has to give back the model's own weight names.
+        """
+
+    def make_optimizer(
+        self, groups: list[dict[str, Any]], *, learning_rate: float, betas: tuple[float, float]
+    ) -> torch.optim.Optimizer | None:
+        """Return the optimizer of parameter groups (each with its ``weight_decay``), or None for AdamW.
+
+        The loop sets ``lr`` of every group before every step, and saves the tensors in its ``state`` of each parameter.
+        """
+        return None
+
     def plan(self, stage: Stage) -> StagePlan:
         """Return what this method wants for one stage.
 
@@ -206,6 +299,10 @@ class Method:
 
     def begin_stage(self, ctx: Context) -> None:
         """Prepare for a stage (STAGE_BOUNDARIES)."""
+
+    def review(self, ctx: Context) -> StagePlan | None:
+        """Return a plan whose mixture and pools hold from this step on, or None to leave them; see ``review_steps``."""
+        return None
 
     def extra_loss(self, ctx: Context, batch: Batch, logits_BTV: torch.Tensor) -> torch.Tensor | None:
         """Return a term per target token, summed over the micro-batch in nats; the loop divides it like the loss."""
@@ -229,7 +326,7 @@ class Method:
         return {}, {}
 
     def load_state_dict(self, tensors: Weights, values: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` returned."""
+        """Take back what ``state_dict`` returned, also on a method that has run: nothing of its own state may stay."""
 
     def overrides(self, seam: str) -> bool:
         """Return whether this method implements a seam."""
@@ -245,7 +342,7 @@ class Composed:
     """Several methods as one: plans merge, penalties add, releases chain in order.
 
     Raises:
-        ConfigError: two components set the mixture, the schedule or the optimizer policy of one stage.
+        ConfigError: two components set the same part of one stage's plan, or the optimizer.
         NeedError: a component implements a stage seam without declaring STAGE_BOUNDARIES.
     """
 
@@ -259,9 +356,42 @@ class Composed:
                     mend="declare needs = frozenset({Need.STAGE_BOUNDARIES})",
                 )
 
+    def needs(self, need: Need) -> bool:
+        """Return whether any component declares a need."""
+        return any(need in method.needs for method in self.components)
+
+    def attach(self, module: torch.nn.Module, seed: int) -> bool:
+        """Let the components put their adapters into a model; returns whether any did."""
+        attaching = [method for method in self.components if method.overrides("attach")]
+        for method in attaching:
+            method.attach(module, seed)
+        return bool(attaching)
+
+    def make_optimizer(
+        self, groups: list[dict[str, Any]], *, learning_rate: float, betas: tuple[float, float]
+    ) -> torch.optim.Optimizer | None:
+        """Return the optimizer of the one component that makes one, or None."""
+        owners = [method for method in self.components if method.overrides("make_optimizer")]
+        if len(owners) > 1:
+            names = " and ".join(repr(method.name) for method in owners)
+            raise ConfigError(f"methods {names} both make the optimizer", mend="compose at most one of them")
+        return owners[0].make_optimizer(groups, learning_rate=learning_rate, betas=betas) if owners else None
+
     def plan(self, stage: Stage) -> StagePlan:
         """Merge the components' plans and check the mixture against their needs."""
-        plans = [(method, method.plan(stage)) for method in self.components]
+        return self._merge([(method, method.plan(stage)) for method in self.components], stage)
+
+    def review(self, contexts: Mapping[int, Context], stage: Stage) -> StagePlan | None:
+        """Merge what the components that review want from now on, or return None."""
+        found = [
+            (method, method.review(contexts[i]))
+            for i, method in enumerate(self.components)
+            if method.overrides("review")
+        ]
+        plans = [(method, plan) for method, plan in found if plan is not None]
+        return self._merge(plans, stage) if plans else None
+
+    def _merge(self, plans: list[tuple[Method, StagePlan]], stage: Stage) -> StagePlan:
         mixture = self._only(plans, "mixture")
         if mixture is not None:
             check_mixture(mixture, stage)
@@ -273,19 +403,30 @@ class Composed:
                     where=f"stage {stage.index}",
                     mend="declare needs = frozenset({Need.PAST_DATA})",
                 )
-        return StagePlan(
+        merged = StagePlan(
             mixture=mixture,
             schedule=self._only(plans, "schedule"),
             optimizer=self._only(plans, "optimizer"),
             train=all(plan.train for _, plan in plans),
+            branch=self._only(plans, "branch"),
+            pools=self._only(plans, "pools"),
+            excluded=frozenset[str]().union(*(plan.excluded for _, plan in plans)),
+            review_steps=self._only(plans, "review_steps"),
         )
+        if merged.branch is not None and merged.review_steps is not None:
+            raise ConfigError(
+                "a branch and reviews cannot be composed: the branch's rows have to be known before",
+                mend="take a schedule without a branch, such as wsd-s",
+            )
+        return merged
 
     @staticmethod
     def _only(plans: list[tuple[Method, StagePlan]], part: str) -> Any:
         owners = [(method.name, getattr(plan, part)) for method, plan in plans if getattr(plan, part) is not None]
         if len(owners) > 1:
             names = " and ".join(repr(name) for name, _ in owners)
-            raise ConfigError(f"methods {names} both set the {part}", mend="compose at most one of them")
+            what = part.replace("_", " ")
+            raise ConfigError(f"methods {names} both set the {what}", mend="compose at most one of them")
         return owners[0][1] if owners else None
 
     def extra_loss(

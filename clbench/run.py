@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import clbench
-from clbench import console, registry
+from clbench import console, registry, seeds
 from clbench.base import Base, open_base, open_stream
 from clbench.errors import ClbenchError, ConfigError
 from clbench.files import exclusive, remove_leftovers
@@ -77,7 +77,7 @@ def execute(track: Track, components: Sequence[Component], *, seed: int, place: 
     for suite_name in track.suites:
         registry.load_class("suites", suite_name)
     composed = Composed([component.method for component in components])
-    for stage in plan_stages(track, stream)[:1]:
+    for stage in plan_stages(track, stream, seed)[:1]:
         composed.plan(stage)  # components that cannot be composed are refused before anything is written
     label = label_of(components)
     folder = run_folder(place.runs_root, track, label, seed)
@@ -103,7 +103,7 @@ def _train_and_measure(
     suites = [registry.make_suite(name, stream) for name in track.suites]
     title = f"{track.name} · {store.config()['method']['label']} · seed {seed}"
     recorder = Recorder(store, suites, model, stream, hardware, place.sinks)
-    stages = plan_stages(track, stream)
+    stages = plan_stages(track, stream, seed)
     bill = Ledger.from_dict(store.ledger()) if store.ledger() else Ledger()
     recorder.mend_rows(bill)
     if store.stages_done() != [0, *(stage.index for stage in stages)]:
@@ -132,8 +132,8 @@ def _train_and_measure(
         sink(store)
 
 
-def plan_stages(track: Track, stream: Stream) -> list[Stage]:
-    """Return what methods are told about each trained stage (all but stage 0)."""
+def plan_stages(track: Track, stream: Stream, seed: int = 0) -> list[Stage]:
+    """Return what the methods of a run are told about each trained stage (all but stage 0)."""
     infos = stream.stages()
     available = [stream.counts("train", info.index)["n_tokens"] for info in infos]
     return [
@@ -145,6 +145,7 @@ def plan_stages(track: Track, stream: Stream) -> list[Stage]:
             learning_rate=track.training.learning_rate,
             warmup_steps=track.training.warmup_steps,
             floor=track.training.floor,
+            seed=seeds.derive(seed, "plan"),
         )
         for info in infos[1:]
     ]

@@ -117,6 +117,7 @@ class Lab:
         """
         trace = Trace() if trace is None else trace
         method = Composed(methods)
+        stages = plan_stages(self.track, self.stream, seed)
 
         def progress(stage: Stage, done: int, n_steps: int, loss_nats: float) -> None:
             if stop is not None and stop.stage == stage.index and stop.step == done - 1:
@@ -137,7 +138,7 @@ class Lab:
                 stream=self.stream,
                 model=model if model is not None else copy.deepcopy(self.base),
                 method=method,
-                stages=self.stages[:n_stages],
+                stages=stages[:n_stages],
                 training=self.track.training.model_copy(update={"micro_batch_rows": micro_batch_rows}),
                 seed=seed,
                 hardware=self.hardware,

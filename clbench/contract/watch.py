@@ -8,10 +8,10 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import safetensors.torch
 import torch
@@ -19,7 +19,17 @@ import torch
 from clbench.contract.guards import moved, random_states
 from clbench.contract.problems import ContractError, describe
 from clbench.errors import ClbenchError
-from clbench.method import Batch, Context, Method, Need, Stage, StagePlan, Weights, check_mixture
+from clbench.method import (
+    Batch,
+    Context,
+    Method,
+    Need,
+    OptimizerPolicy,
+    Stage,
+    StagePlan,
+    Weights,
+    check_mixture,
+)
 from clbench.train.data import IGNORE
 from clbench.train.models import copy_weights, model_forward_flops, weights_of
 
@@ -97,6 +107,21 @@ class WatchedContext:
             remember(self._notes, batch)
             yield batch
 
+    def training_batches(self) -> Iterator[Batch]:
+        """Pass batches on and remember how many of their tokens are real."""
+        for batch in self._context.training_batches():
+            remember(self._notes, batch)
+            yield batch
+
+    def control_loss(self, stages: Sequence[int], *, n_rows: int, weights: Weights | None = None) -> dict[int, float]:
+        """Pass the measurement on; it bills itself, so its passes are not the method's to bill."""
+        inside, self._notes.inside = self._notes.inside, ""
+        try:
+            losses: dict[int, float] = self._context.control_loss(stages, n_rows=n_rows, weights=weights)
+        finally:
+            self._notes.inside = inside
+        return losses
+
 
 def remember(notes: Notes, batch: Batch) -> None:
     """Note how many target tokens a batch holds."""
@@ -108,7 +133,7 @@ class Watched(Method):
     """A method whose every call is observed; takes its place in a composition."""
 
     def __init__(self, inner: Method, model: torch.nn.Module) -> None:
-        self.inner, self.model = inner, model
+        self.inner, self.model, self.trained = inner, model, model
         self.name, self.options = inner.name, inner.options
         self.needs = AskedNeeds(inner.needs)
         self.needs.asked = set()
@@ -123,7 +148,7 @@ class Watched(Method):
         """Observe one call; yields the context to hand over."""
         notes = self.notes
         where = seam if context is None else f"{seam}, stage {context.stage.index}, step {context.step}"
-        before, training = random_states(), self.model.training
+        before, training = random_states(), self.trained.training
         notes.inside = seam
         try:
             yield None if context is None else WatchedContext(context, notes)
@@ -132,9 +157,9 @@ class Watched(Method):
             notes.known_tokens.clear()
         if libraries := moved(before):
             notes.random.append(f"{where}: {' and '.join(libraries)}")
-        if self.model.training != training:
-            notes.manners.append(f"{where} leaves the model in {'train' if self.model.training else 'eval'} mode")
-            self.model.train(training)
+        if self.trained.training != training:
+            notes.manners.append(f"{where} leaves the model in {'train' if self.trained.training else 'eval'} mode")
+            self.trained.train(training)
 
     def plan(self, stage: Stage) -> StagePlan:
         """Plan twice and compare; note what is wrong with the plan."""
@@ -150,6 +175,30 @@ class Watched(Method):
             self.notes.plan.append(f"{where}: plan() called twice gives two plans")
         self.notes.plan += [f"{where}: {problem}" for problem in _plan_problems(first, stage)]
         return first
+
+    def attach(self, module: torch.nn.Module, seed: int) -> None:
+        """Observe ``attach``; from now on the module with the adapters is the one that is trained."""
+        with self._watching("attach"):
+            self.inner.attach(module, seed)
+        self.trained = module
+
+    def make_optimizer(
+        self, groups: list[dict[str, Any]], *, learning_rate: float, betas: tuple[float, float]
+    ) -> torch.optim.Optimizer | None:
+        """Pass the optimizer on."""
+        with self._watching("make_optimizer"):
+            return self.inner.make_optimizer(groups, learning_rate=learning_rate, betas=betas)
+
+    def review(self, ctx: Context) -> StagePlan | None:
+        """Observe ``review`` and note what is wrong with the new plan."""
+        with self._watching("review", ctx) as watched:
+            plan = self.inner.review(watched)
+        if plan is not None and not isinstance(plan, StagePlan):
+            raise ContractError(f"review() returns {type(plan).__name__}", mend="return a StagePlan or None")
+        if plan is not None:
+            where = f"stage {ctx.stage.index}, step {ctx.step}"
+            self.notes.plan += [f"{where}: {problem}" for problem in _plan_problems(plan, ctx.stage)]
+        return plan
 
     def begin_stage(self, ctx: Context) -> None:
         """Observe ``begin_stage``."""
@@ -184,10 +233,10 @@ class Watched(Method):
     def release(self, ctx: Context, weights: Weights) -> Weights:
         """Observe ``release``: training weights must stay, and what is released must fit the model."""
         where, own = f"stage {ctx.stage.index}", weights_of(self.model)
-        before = copy_weights(own)
+        before = copy_weights(weights_of(self.trained))
         with self._watching("release", ctx) as watched:
             released = self.inner.release(watched, weights)
-        if any(not torch.equal(before[name], tensor.cpu()) for name, tensor in weights_of(self.model).items()):
+        if any(not torch.equal(before[name], tensor.cpu()) for name, tensor in weights_of(self.trained).items()):
             self.notes.release.append(f"{where}: release() changes the training weights; change only what it returns")
         self.notes.release += [f"{where}: {problem}" for problem in _release_problems(released, own)]
         return released
@@ -196,7 +245,7 @@ class Watched(Method):
         """Observe ``state_dict``: note what could not be saved or would not come back equal."""
         with self._watching("state_dict"):
             state = self.inner.state_dict()
-        problems = state_problems(state, self.model)
+        problems = state_problems(state, self.trained)
         self.notes.state += problems
         if not problems:
             self.notes.states.append((copy_weights(state[0]), copy.deepcopy(state[1])))
@@ -222,7 +271,9 @@ def comparable(state: Any) -> Any:
 def _plan_values(plan: StagePlan) -> Any:
     """Return what a plan comes to; schedules are compared by their learning rates."""
     rates = [plan.schedule(step, 7) for step in range(7)] if plan.schedule is not None else None
-    return dict(plan.mixture) if plan.mixture is not None else None, rates, plan.optimizer, plan.train
+    branch = (plan.branch.fraction, [plan.branch.schedule(step, 7) for step in range(7)]) if plan.branch else None
+    parts = (dict(part) if part is not None else None for part in (plan.mixture, plan.pools))
+    return *parts, rates, plan.optimizer, plan.train, branch, plan.excluded, plan.review_steps
 
 
 def _plan_problems(plan: StagePlan, stage: Stage) -> list[str]:
@@ -234,11 +285,22 @@ def _plan_problems(plan: StagePlan, stage: Stage) -> list[str]:
             problems.append(error.what)
         empty = [i for i, share in plan.mixture.items() if share > 0 and not 0 <= i <= stage.index]
         problems += [f"the mixture names stage {i}" for i in empty if not problems]
-    if plan.optimizer not in (None, "carry", "reset"):
-        problems.append(f"the optimizer policy is {plan.optimizer!r}, not 'carry', 'reset' or None")
-    if plan.schedule is not None:
-        for n_steps in (1, 2, 50):
-            rates = [plan.schedule(step, n_steps) for step in range(n_steps)]
+    policies = (None, *get_args(OptimizerPolicy))
+    if plan.optimizer not in policies:
+        problems.append(f"the optimizer policy is {plan.optimizer!r}, not one of {policies}")
+    if plan.branch is not None and not 0 < plan.branch.fraction <= 1:
+        problems.append(f"the branch takes a share of {plan.branch.fraction} of the stage")
+    if plan.review_steps is not None and plan.review_steps < 1:
+        problems.append(f"reviews every {plan.review_steps} steps")
+    for source, n_tokens in (plan.pools or {}).items():
+        if not 0 <= source <= stage.index:
+            problems.append(f"the pools name stage {source}")
+        elif n_tokens < 1:
+            problems.append(f"the pool of stage {source} holds {n_tokens} tokens; leave it out of the mixture instead")
+    for schedule in (plan.schedule, plan.branch.schedule if plan.branch is not None else None):
+        for n_steps in (1, 2, 50) if schedule is not None else ():
+            assert schedule is not None
+            rates = [schedule(step, n_steps) for step in range(n_steps)]
             if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
                 problems.append(f"the schedule gives {min(rates)} as a learning rate in a stage of {n_steps} steps")
                 break
@@ -337,7 +399,8 @@ def watch_passes(model: torch.nn.Module, watched: Watched, length: int) -> None:
         flops = model_forward_flops(model, n_tokens, length)
         if not hasattr(output, "logits"):
             flops -= head * n_tokens
-        if module is not model and module is not body and Need.SECOND_MODEL not in notes.needs.asked:
+        own = (model, body, watched.trained, watched.trained.base_model)
+        if not any(module is one for one in own) and Need.SECOND_MODEL not in notes.needs.asked:
             notes.hidden_copies.append(notes.inside)
         _count(notes, notes.inside, flops)
         out = output.logits if hasattr(output, "logits") else output[0]

@@ -29,7 +29,8 @@ KEPT = 2
 class TrainState:
     """Where a run stands.
 
-    ``position`` is (stage, steps done, whether the stage's end was reached); tensors are on the CPU after loading.
+    ``position`` is (stage, steps done, whether the stage's end was reached), the steps of a decay branch among them;
+    tensors are on the CPU after loading.
     """
 
     stage: int
@@ -40,6 +41,9 @@ class TrainState:
     method_tensors: Weights = field(default_factory=dict)
     method_values: list[dict[str, Any]] = field(default_factory=list)
     ledger: dict[str, Any] = field(default_factory=dict)
+    aside: Weights = field(default_factory=dict)
+    """What a decay branch has put aside, see clbench.train.branch."""
+    aside_values: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def position(self) -> tuple[int, int, bool]:
@@ -51,7 +55,7 @@ def save(folder: Path, state: TrainState) -> Path:
     """Write a state below ``folder`` and remove all but the newest ones; returns its place."""
     path = folder / f"{state.stage:03d}-{state.step:08d}-{int(state.ended)}"
     with atomic_folder(path) as temporary:
-        for name in ("weights", "optimizer", "method_tensors"):
+        for name in ("weights", "optimizer", "method_tensors", *(["aside"] if state.aside else [])):
             save_file(getattr(state, name), temporary / f"{name}.safetensors")
         values = {
             "stage": state.stage,
@@ -59,6 +63,7 @@ def save(folder: Path, state: TrainState) -> Path:
             "ended": state.ended,
             "method_values": state.method_values,
             "ledger": state.ledger,
+            "aside_values": state.aside_values,
         }
         write_json(temporary / "state.json", values)
         digests = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
@@ -90,6 +95,7 @@ def load(path: Path) -> TrainState:
             weights=load_file(path / "weights.safetensors"),
             optimizer=load_file(path / "optimizer.safetensors"),
             method_tensors=load_file(path / "method_tensors.safetensors"),
+            aside=load_file(path / "aside.safetensors") if "aside.safetensors" in manifest["files"] else {},
         )
     except IntegrityError:
         raise
@@ -128,7 +134,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[torch.nn.Par
     tensors: Weights = {}
     for parameter, name in names.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = value
+            if isinstance(value, torch.Tensor):
+                tensors[f"{key}/{name}"] = value
     return tensors
 
 

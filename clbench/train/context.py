@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from clbench import seeds
-from clbench.errors import NeedError
+from clbench.errors import ConfigError, NeedError
 from clbench.method import Method, Need, Stage, Weights
 from clbench.stream import Stream
-from clbench.train.data import Batching, DataOrder, TokenBatch
+from clbench.train.data import CONTROL_ROWS, IGNORE, Batching, DataOrder, Draw, Shelf, TokenBatch
 from clbench.train.ledger import Ledger
-from clbench.train.models import model_forward_flops
+from clbench.train.models import holding, model_forward_flops
 
 
 @dataclass
@@ -30,8 +32,14 @@ class Engine:
     seed: int
     length: int
     batching: Batching
+    batch_rows: int
+    micro_rows: int | None
     start_weights: Weights
     """Of the base, on the CPU."""
+    draw: Draw = field(default_factory=Draw)
+    """What may be drawn in this stage."""
+    order: DataOrder | None = None
+    """The rows of this stage."""
 
 
 @dataclass
@@ -83,14 +91,17 @@ class MethodContext:
         self._need(Need.SECOND_MODEL)
         return copy.deepcopy(self._engine.model).eval().requires_grad_(False)
 
-    def batches(self, stage: int, *, n_rows: int, name: str) -> Iterator[TokenBatch]:
-        """Yield rows of one stage one by one, at most one pass over it."""
+    def _happened(self, stage: int) -> None:
         if not 0 <= stage <= self.stage.index:
             raise NeedError(
                 f"method {self.method.name!r} asks for text of stage {stage}",
                 where=f"stage {self.stage.index}",
                 mend="only this and earlier stages have happened",
             )
+
+    def batches(self, stage: int, *, n_rows: int, name: str) -> Iterator[TokenBatch]:
+        """Yield rows of one stage one by one, at most one pass over it; none of a document that is excluded."""
+        self._happened(stage)
         self._need(Need.CURRENT_DATA if stage == self.stage.index else Need.PAST_DATA)
         engine = self._engine
         counts = engine.stream.counts("train", stage)
@@ -106,9 +117,66 @@ class MethodContext:
             stage=self.stage.index,
             name=f"{self.method.name}/{name}",
             batching=engine.batching,
+            draw=Draw(excluded=engine.draw.excluded),
         )
         for step in range(order.n_steps if engine.batching == "packed" else min(n_rows, order.n_steps)):
             yield from order.micro_batches(step, micro_rows=None, device=engine.device)
+
+    def training_batches(self) -> Iterator[TokenBatch]:
+        """Yield the batches that this stage will train on, before it does."""
+        self._need(Need.CURRENT_DATA)
+        order = self._order
+        if self._engine.draw.in_sequence:
+            raise ConfigError(
+                f"method {self.method.name!r} asks for the stage's batches, which a review may change",
+                where=f"stage {self.stage.index}",
+                mend="do not compose it with a method that reviews its mixture",
+            )
+        for step in range(self.n_steps):
+            yield from order.micro_batches(step, micro_rows=self._engine.micro_rows, device=self._engine.device)
+
+    def tokens_drawn(self) -> dict[int, int]:
+        """Return the target tokens that this stage has trained on so far, by source."""
+        return self._order.drawn(self.step)[1]
+
+    @property
+    def _order(self) -> DataOrder:
+        assert self._engine.order is not None
+        return self._engine.order
+
+    def control_loss(self, stages: Sequence[int], *, n_rows: int, weights: Weights | None = None) -> dict[int, float]:
+        """Return the loss on rows that are kept back from training, in nats per token, by stage."""
+        self._need(Need.CONTROL_DATA)
+        if not 1 <= n_rows <= CONTROL_ROWS:
+            raise ConfigError(f"{n_rows} control rows of a stage", mend=f"ask for 1 to {CONTROL_ROWS}")
+        for stage in stages:
+            self._happened(stage)
+        model = self._engine.model
+        was_training = model.training
+        try:
+            model.eval()
+            with torch.no_grad(), holding(model, weights) if weights is not None else nullcontext():
+                return {stage: self._control_loss(stage, n_rows) for stage in stages}
+        finally:
+            model.train(was_training)
+
+    def _control_loss(self, stage: int, n_rows: int) -> float:
+        engine = self._engine
+        shelf = Shelf(engine.stream, stage, length=engine.length, seed=engine.seed, batching=engine.batching)
+        nats, n_tokens = 0.0, 0
+        for batch in shelf.control_batches(engine.draw, n_rows, engine.batch_rows, engine.device):
+            logits_BTV = engine.model(input_ids=batch.inputs_BT).logits
+            targets = batch.targets_BT.flatten()
+            nats += cross_entropy(
+                logits_BTV.float().flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum"
+            ).item()
+            n_tokens += batch.n_targets
+        if not n_tokens:
+            raise ConfigError(
+                f"stage {stage} is too small to keep control rows back", mend="use a method that needs no control data"
+            )
+        self.bill("control", flops=self.forward_flops(n_tokens), n_tokens=n_tokens)
+        return nats / n_tokens
 
     def seed(self, *names: int | str) -> int:
         """Return a seed of the method's own random stream."""

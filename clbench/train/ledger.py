@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from clbench.files import digest_of
+from clbench.method import StagePlan
+
 BY_STAGE = ("steps", "rows", "learning_rate_sum")
 """What is billed once per optimizer step; arms of an experiment are compared by it, see clbench.results.arms."""
 
@@ -48,6 +51,22 @@ class Ledger:
     """Matrix row -> flops and seconds of measuring it; flops are those of a fresh measurement, cached or not."""
     peak_memory_bytes: int = 0
     stored_bytes: dict[str, int] = field(default_factory=dict)
+    plans: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    """Trained stage -> what was drawn from since which step, where it was not the new stage alone (``note_plan``)."""
+
+    def note_plan(self, stage: int, step: int, plan: StagePlan) -> None:
+        """Write down what rows of a stage are drawn from, from a step on.
+
+        Not written: all rows of the new stage alone, without exclusions.
+        """
+        mixture, pools, documents = plan.mixture or {stage: 1.0}, plan.pools or {}, sorted(plan.excluded)
+        if step or pools or documents or dict(mixture) != {stage: 1.0}:
+            entry: dict[str, Any] = {"step": step, "mixture": {str(i): share for i, share in sorted(mixture.items())}}
+            if pools:
+                entry["pools"] = {str(i): n for i, n in sorted(pools.items())}
+            if documents:
+                entry |= {"n_excluded": len(documents), "excluded_sha256": digest_of(documents)}
+            self.plans.setdefault(stage, []).append(entry)
 
     def bill_tokens(self, stage: int, by_source: dict[int, int]) -> None:
         """Add the target tokens of one batch."""
@@ -94,6 +113,7 @@ class Ledger:
             "evaluations": {str(k): cost for k, cost in sorted(self.evaluations.items())},
             "peak_memory_bytes": self.peak_memory_bytes,
             "stored_bytes": dict(sorted(self.stored_bytes.items())),
+            **({"plans": {str(k): plans for k, plans in sorted(self.plans.items())}} if self.plans else {}),
         }
 
     @classmethod
@@ -109,4 +129,5 @@ class Ledger:
             evaluations={int(k): dict(cost) for k, cost in value["evaluations"].items()},
             peak_memory_bytes=value["peak_memory_bytes"],
             stored_bytes=dict(value["stored_bytes"]),
+            plans={int(k): list(plans) for k, plans in value.get("plans", {}).items()},
         )

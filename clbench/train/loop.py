@@ -6,11 +6,13 @@ What it leaves to others: which rows are in a batch (data), what a method may to
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Any
 
 import psutil
 import torch
@@ -18,17 +20,19 @@ from torch.nn.functional import cross_entropy
 
 from clbench import seeds
 from clbench.errors import NonFiniteError
-from clbench.method import Composed, Cosine, Stage, StagePlan, Weights
+from clbench.method import Composed, Cosine, Need, OptimizerPolicy, Stage, StagePlan, Weights, tail_steps
 from clbench.results.store import RunStore, StepLine
 from clbench.stream import Stream
 from clbench.track import TrainingSpec
 from clbench.train import checkpoint
+from clbench.train.branch import Aside, Legs
 from clbench.train.checkpoint import TrainState
 from clbench.train.context import Engine, MethodContext
 from clbench.train.data import IGNORE, DataOrder
 from clbench.train.ledger import Ledger
-from clbench.train.models import copy_weights, load_weights, model_forward_flops, weights_of
+from clbench.train.models import copy_weights, load_weights, model_train_flops, weights_of
 from clbench.train.parallel import Hardware
+from clbench.train.rows import RowPlanner, reviewed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +60,10 @@ class Job:
 def train(job: Job) -> Ledger:
     """Train through all stages, or go on where a killed run stopped; returns the bill."""
     training, hardware = job.training, job.hardware
-    model = job.model.to(hardware.device).train()
+    model = prepare_model(job)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     names = {p: name for name, p in parameters.items()}
-    optimizer = make_optimizer(parameters, training, hardware.device)
+    optimizer = make_optimizer(parameters, training, hardware.device, job.method)
     start_weights = copy_weights(weights_of(model))
     ledger = Ledger()
 
@@ -81,24 +85,31 @@ def train(job: Job) -> Ledger:
         seed=job.seed,
         length=training.sequence_length,
         batching=training.batching,
+        batch_rows=training.batch_rows,
+        micro_rows=training.micro_batch_rows,
         start_weights=start_weights,
     )
-    flops_per_token = 3 * model_forward_flops(model, 1, training.sequence_length)
+    planner = RowPlanner(
+        stream=job.stream, training=training, seed=job.seed, keeps_control=job.method.needs(Need.CONTROL_DATA)
+    )
+    flops_per_token = model_train_flops(model, 1, training.sequence_length)
 
-    def save(stage: Stage, step: int, *, ended: bool) -> None:
+    def save(stage: Stage, done: int, aside: Aside, *, ended: bool) -> None:
         with ledger.timed("checkpoint"):
             method_tensors, method_values = job.method.state_dict()
             ledger.stored_bytes["method_state"] = sum(t.nbytes for t in method_tensors.values())
             ledger.note_memory(hardware.memory_bytes())
             state = TrainState(
                 stage=stage.index,
-                step=step,
+                step=done,
                 ended=ended,
                 weights=weights_of(model),
                 optimizer=checkpoint.optimizer_tensors(optimizer, names),
                 method_tensors=method_tensors,
                 method_values=method_values,
                 ledger=ledger.as_dict(),
+                aside=aside.tensors,
+                aside_values=aside.values,
             )
             checkpoint.save(job.store.folder / "checkpoints", state)
 
@@ -107,30 +118,39 @@ def train(job: Job) -> Ledger:
             continue
         here = resumed if resumed is not None and stage.index == resumed.stage else None
         plan = job.method.plan(stage)
-        order = make_order(job, stage, plan)
+        plan, order = make_order(planner, stage, plan, ledger, here)
         schedule = plan.schedule or Cosine(peak=stage.learning_rate, warmup_steps=stage.warmup_steps, floor=stage.floor)
-        n_steps = order.n_steps if plan.train else 0
-        engine = replace(engine, stream=job.stream.until(stage.index))
+        legs = make_legs(order, plan)
+        engine = replace(engine, stream=job.stream.until(stage.index), draw=planner.draw(plan), order=order)
         contexts = {
-            i: MethodContext(stage=stage, method=method, _engine=engine, n_steps=n_steps)
+            i: MethodContext(stage=stage, method=method, _engine=engine, n_steps=legs.n_steps)
             for i, method in enumerate(job.method.components)
         }
+        aside = Aside(here.aside, here.aside_values) if here is not None else Aside()
         if here is None:
-            if (plan.optimizer or training.optimizer) == "reset":
-                optimizer.state.clear()
+            reset_optimizer(optimizer, plan.optimizer or training.optimizer)
             job.method.each("begin_stage", contexts)
-        first_step = here.step if here is not None else 0
-        n_tokens = sum(ledger.tokens.get(stage.index, {}).values())
+        done = here.step if here is not None else 0
+        n_tokens = taken_tokens(order, legs, done)
         last_save = last_log = time.monotonic()
         tokens_logged = n_tokens
 
-        for step in range(first_step, n_steps):
+        while done < legs.total:
             started = time.perf_counter()
-            learning_rate = schedule(step, n_steps)
+            step, on_branch = legs.place(done)
+            for context in contexts.values():
+                context.step = step
+            if plan.review_steps and step and step % plan.review_steps == 0:
+                plan = review(planner, job.method, plan, order, contexts, ledger)
+                legs = make_legs(order, plan)
+            if legs.begins_branch(done):
+                aside.put(model, optimizer, names, job.method)
+            at = plan.branch.schedule if plan.branch is not None and on_branch else schedule
+            learning_rate = at(step, legs.n_steps)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             for context in contexts.values():
-                context.step, context.learning_rate = step, learning_rate
+                context.learning_rate, context.n_steps = learning_rate, legs.n_steps
             torch.manual_seed(seeds.derive(job.seed, "dropout", stage.index, step))
 
             batches = order.micro_batches(step, micro_rows=training.micro_batch_rows, device=hardware.device)
@@ -160,71 +180,149 @@ def train(job: Job) -> Ledger:
             optimizer.zero_grad(set_to_none=True)
             job.method.each("after_step", contexts)
 
-            for batch in batches:
-                ledger.bill_tokens(stage.index, batch.n_targets_by_source)
-            ledger.bill_step(stage.index, sum(len(batch.inputs_BT) for batch in batches), learning_rate)
-            ledger.bill_flops("train", flops_per_token * n_targets)
-            ledger.seconds["train"] = ledger.seconds.get("train", 0.0) + time.perf_counter() - started
+            done += 1
             n_tokens += n_targets
-            job.progress(stage, step + 1, n_steps, loss_nats)
+            purpose = "decay_branch" if on_branch else "train"
+            if on_branch:
+                ledger.bill_flops(purpose, flops_per_token * n_targets, n_targets)
+            else:
+                for batch in batches:
+                    ledger.bill_tokens(stage.index, batch.n_targets_by_source)
+                ledger.bill_step(stage.index, sum(len(batch.inputs_BT) for batch in batches), learning_rate)
+                ledger.bill_flops(purpose, flops_per_token * n_targets)
+            ledger.seconds[purpose] = ledger.seconds.get(purpose, 0.0) + time.perf_counter() - started
+            if legs.ends_branch(done):
+                at_the_end(contexts, legs, learning_rate)
+                job.method.each("end_stage", contexts)
+                released = job.method.release(contexts, copy_weights(weights_of(model)))
+                aside.put_back(model, optimizer, parameters, job.method)
+                aside.keep_release(released)
+            job.progress(stage, done, legs.total, loss_nats)
             now = time.monotonic()
-            if (step + 1) % job.log_steps == 0 or step + 1 == n_steps:
+            if done % job.log_steps == 0 or done == legs.total:
                 speed = (n_tokens - tokens_logged) / max(now - last_log, 1e-9)
-                job.store.append_steps([step_line(stage, step, loss_nats, learning_rate, grad_norm, n_tokens, speed)])
+                line = step_line(stage, done - 1, loss_nats, learning_rate, grad_norm, n_tokens, speed)
+                job.store.append_steps([line])
                 last_log, tokens_logged = now, n_tokens
-            if now - last_save >= job.checkpoint_seconds and step + 1 < n_steps:
-                save(stage, step + 1, ended=False)
+            if now - last_save >= job.checkpoint_seconds and done < legs.total:
+                save(stage, done, aside, ended=False)
                 last_save = time.monotonic()
 
-        for context in contexts.values():  # also where a resumed run comes straight to the stage's end
-            context.step, context.learning_rate = n_steps, schedule(n_steps - 1, n_steps) if n_steps else 0.0
+        # Also where a resumed run comes straight to the stage's end.
+        at_the_end(contexts, legs, schedule(legs.n_steps - 1, legs.n_steps) if legs.n_steps else 0.0)
         if here is None or not here.ended:
             job.method.each("end_stage", contexts)
-            ledger.stored_bytes["replay_data"] = replay_bytes(job.stream, ledger)
-            save(stage, n_steps, ended=True)
-        released = job.method.release(contexts, copy_weights(weights_of(model)))
-        job.finish_stage(stage, released, n_steps, ledger)
+            note_replay_bytes(job.stream, plan, stage, ledger)
+            save(stage, legs.total, aside, ended=True)
+        released = aside.release() or job.method.release(contexts, copy_weights(weights_of(model)))
+        job.finish_stage(stage, released, legs.n_steps, ledger)
         model.train()
     return ledger
 
 
+def prepare_model(job: Job) -> torch.nn.Module:
+    """Return the model on its device in training mode: a copy with adapters in it where a method attaches some."""
+    model = job.model.to(job.hardware.device)
+    if any(method.overrides("attach") for method in job.method.components):
+        model = copy.deepcopy(model)  # the caller's model is what releases are measured with
+        job.method.attach(model, seeds.derive(job.seed, "attach"))
+    return model.train()
+
+
 def make_optimizer(
-    parameters: dict[str, torch.nn.Parameter], training: TrainingSpec, device: torch.device
+    parameters: dict[str, torch.nn.Parameter], training: TrainingSpec, device: torch.device, method: Composed
 ) -> torch.optim.Optimizer:
-    """Return a fused AdamW; weight decay applies to matrices only."""
+    """Return the method's optimizer, or a fused AdamW; weight decay applies to matrices only."""
     matrices = [p for p in parameters.values() if p.ndim >= 2]
     vectors = [p for p in parameters.values() if p.ndim < 2]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": training.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=training.learning_rate,
-        betas=(training.beta1, training.beta2),
-        fused=device.type in ("cpu", "cuda"),
-    )
+    groups = [group for group in groups if group["params"]]
+    settings: dict[str, Any] = {"betas": (training.beta1, training.beta2)}
+    own = method.make_optimizer(groups, learning_rate=training.learning_rate, **settings)
+    if own is not None:
+        return own
+    return torch.optim.AdamW(groups, lr=training.learning_rate, fused=device.type in ("cpu", "cuda"), **settings)
 
 
-def make_order(job: Job, stage: Stage, plan: StagePlan) -> DataOrder:
-    """Return the rows of one stage under a plan's mixture (all new text by default)."""
-    return DataOrder(
-        job.stream,
-        plan.mixture or {stage.index: 1.0},
-        n_tokens=stage.n_tokens,
-        length=job.training.sequence_length,
-        batch_rows=job.training.batch_rows,
-        seed=job.seed,
-        stage=stage.index,
-        batching=job.training.batching,
-        n_steps=job.training.n_steps_per_stage,
-    )
+def reset_optimizer(optimizer: torch.optim.Optimizer, policy: OptimizerPolicy) -> None:
+    """Bring the optimizer's state to what a stage begins with."""
+    if policy == "reset":
+        optimizer.state.clear()
+    elif policy == "reset_first":
+        for state in optimizer.state.values():
+            if "exp_avg" in state:
+                state["exp_avg"].zero_()
 
 
-def replay_bytes(stream: Stream, ledger: Ledger) -> int:
-    """Return the bytes of past text that have to be kept to repeat this run: token files of replayed stages."""
-    replayed = {source for stage, row in ledger.tokens.items() for source in row if source < stage}
-    return sum(stream.tokens("train", source).nbytes for source in replayed)
+def make_order(
+    planner: RowPlanner, stage: Stage, plan: StagePlan, ledger: Ledger, here: TrainState | None
+) -> tuple[StagePlan, DataOrder]:
+    """Return the plan and the rows of one stage, with the reviews that a resumed stage has had."""
+    order = planner.rows(stage, plan)
+    if here is None:
+        if plan.train:
+            ledger.note_plan(stage.index, 0, plan)
+        return plan, order
+    for entry in ledger.plans.get(stage.index, []):
+        if entry["step"]:
+            plan = reviewed(plan, entry)
+            planner.redraw(stage, plan, order, entry["step"])
+    return plan, order
+
+
+def review(
+    planner: RowPlanner,
+    method: Composed,
+    plan: StagePlan,
+    order: DataOrder,
+    contexts: Mapping[int, MethodContext],
+    ledger: Ledger,
+) -> StagePlan:
+    """Ask the method what the rest of the stage is to be drawn from; returns the plan that holds from now on."""
+    stage, step = contexts[0].stage, contexts[0].step
+    wanted = method.review(contexts, stage)
+    if wanted is None:
+        return plan
+    pools = plan.pools if wanted.pools is None else wanted.pools
+    plan = replace(plan, mixture=wanted.mixture or plan.mixture, pools=pools)
+    planner.redraw(stage, plan, order, step)
+    ledger.note_plan(stage.index, step, plan)
+    return plan
+
+
+def make_legs(order: DataOrder, plan: StagePlan) -> Legs:
+    """Return how the steps of a stage follow one another."""
+    if not plan.train:
+        return Legs(0)
+    return Legs(order.n_steps, tail_steps(plan.branch.fraction, order.n_steps) if plan.branch is not None else 0)
+
+
+def taken_tokens(order: DataOrder, legs: Legs, done: int) -> int:
+    """Return the target tokens of the first ``done`` steps that a stage takes, those of its branch among them."""
+    fork, step = legs.n_steps - legs.n_branch, legs.place(done)[0]
+    main, branch = slice(0, step * order.batch_rows), slice(fork * order.batch_rows, legs.n_steps * order.batch_rows)
+    return int(order.n_targets[main].sum() + (order.n_targets[branch].sum() if done > step else 0))
+
+
+def at_the_end(contexts: Mapping[int, MethodContext], legs: Legs, learning_rate: float) -> None:
+    """Let the contexts stand at the stage's end."""
+    for context in contexts.values():
+        context.step, context.learning_rate = legs.n_steps, learning_rate
+
+
+def note_replay_bytes(stream: Stream, plan: StagePlan, stage: Stage, ledger: Ledger) -> None:
+    """Bill the bytes of past text that have to be kept to repeat this run: token files of replayed stages, or pools."""
+    pools = plan.pools or {}
+    replayed = {source for trained, row in ledger.tokens.items() for source in row if source < trained}
+    kept = 0
+    for source in replayed if not pools else (plan.mixture or {}):
+        if source < stage.index:
+            tokens = stream.tokens("train", source)
+            kept += min(len(tokens), pools.get(source, len(tokens))) * tokens.dtype.itemsize
+    ledger.stored_bytes["replay_data"] = max(kept, ledger.stored_bytes.get("replay_data", 0))
 
 
 def step_line(

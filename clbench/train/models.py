@@ -230,6 +230,20 @@ def model_forward_flops(model: torch.nn.Module, n_tokens: int, length: int) -> f
     )
 
 
+def model_train_flops(model: torch.nn.Module, n_tokens: int, length: int) -> float:
+    """Return the FLOPs of a forward and a backward pass: three times the forward pass when all weights are trained.
+
+    A backward pass computes gradients of activations (as much as the forward pass) and of weights (2 a weight and
+    token); frozen weights, as below adapters, have none of the latter.
+    """
+    frozen = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and not p.requires_grad)
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if head is not None and head.weight is not embeddings.weight and not embeddings.weight.requires_grad:
+        frozen -= embeddings.weight.numel()
+    return 3 * model_forward_flops(model, n_tokens, length) - 2.0 * n_tokens * frozen
+
+
 def n_parameters(model: torch.nn.Module) -> int:
     """Return the number of parameters, tied weights once."""
     return sum(p.numel() for p in model.parameters())

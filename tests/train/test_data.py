@@ -183,7 +183,7 @@ def test_every_batch_is_that_of_the_definition(
         seed=3,
         stage=2,
         batching=batching,
-        n_steps=budget // batch_rows if by_rows else None,
+        n_rows=budget if by_rows else None,
     )
     expected = reference(
         texts, mixture, budget=budget, length=length, batching=batching, by_rows=by_rows, seed=3, stage=2
@@ -249,7 +249,7 @@ def test_a_run_in_rows_takes_its_steps_and_bills_what_they_hold(
             seed=0,
             stage=index,
             batching="rows",
-            n_steps=settings_.get("n_steps_per_stage"),
+            n_rows=settings_["n_steps_per_stage"] * track["batch_rows"] if settings_ else None,
         )
         lines = [line for line in store.steps() if line["stage"] == index]
         n_steps = settings_.get("n_steps_per_stage") or found.n_steps

@@ -279,6 +279,8 @@ def test_needs_guard_every_access(tmp_path: Path) -> None:
                 ctx.second_model,
                 lambda: list(ctx.batches(ctx.stage.index, n_rows=1, name="x")),
                 lambda: list(ctx.batches(0, n_rows=1, name="x")),
+                lambda: ctx.control_loss([0], n_rows=1),
+                lambda: list(ctx.training_batches()),
             ):
                 with pytest.raises(NeedError, match="without declaring it") as caught:
                     ask()  # type: ignore[operator]
