@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from clbench import registry
 from clbench.contract.lab import Lab
 from clbench.contract.methods import METHOD_CHECKS, MethodCase
 from clbench.contract.problems import problems_of
@@ -51,7 +52,25 @@ def of_method(lab: Lab, cls: type[Method]) -> MethodCase:
 # --- what is right passes ---
 
 
-@pytest.mark.parametrize("spec", ["sequential", "replay", "replay:fraction=1/t", "frozen"])
+VARIANTS = [
+    "replay:fraction=1/t",
+    "rsqrt:reading=branch",
+    "wsd:decay=0.5",
+    "infinite:rewarm=true",
+    "schedule-free:restart=false",
+    "soup:kind=greedy,base=true,last=2,rows=2",
+    "ema:scope=run,restart=true,half_life=0.3",
+    "mwa:of=stages,last=2,rows=2,control=seen",
+    "replay-buffer:tokens=2000,policy=quota",
+    "weighted-replay:by=loss",
+    "lwf:teacher=base,scaling=tic_lm",
+    "lwf:top_k=4",
+    "lora:scope=stage",
+]
+NEED_A_FILE = {"deletions"}
+
+
+@pytest.mark.parametrize("spec", [*(name for name in registry.names("methods") if name not in NEED_A_FILE), *VARIANTS])
 def test_a_built_in_method_passes(lab: Lab, spec: str) -> None:
     assert problems_of(MethodCase.of(lab, spec), METHOD_CHECKS) == {}
 
@@ -114,6 +133,7 @@ class Everything(Method):
             self.average[name] = torch.lerp(old, parameter.detach(), 0.5)
 
     def end_stage(self, ctx: Context) -> None:
+        assert ctx.control_loss([0, ctx.stage.index], n_rows=2)[0] > 0
         for source in (0, ctx.stage.index):
             for batch in ctx.batches(source, n_rows=2, name="fisher"):
                 loss = torch.nn.functional.cross_entropy(
@@ -355,8 +375,28 @@ class Crashes(Method):
             raise KeyError("no such layer")
 
 
+class KeepsOldState(Method):
+    """Counts steps, acts on the count, and adds what it loads to what it has."""
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self.steps = 0
+
+    def after_step(self, ctx: Context) -> None:
+        self.steps += 1
+        for _, parameter in ctx.parameters():
+            parameter.data.mul_(1 - 1e-5 * self.steps)
+
+    def state_dict(self) -> tuple[Weights, dict[str, Any]]:
+        return {}, {"steps": self.steps}
+
+    def load_state_dict(self, tensors: Weights, values: dict[str, Any]) -> None:
+        self.steps += values["steps"]
+
+
 BUGS: dict[type[Method], tuple[set[str], str]] = {
-    Forgets: ({"resume"}, "state_dict"),
+    Forgets: ({"resume", "rewind"}, "state_dict"),
+    KeepsOldState: ({"rewind"}, "overwrite all"),
     LiveAnchor: ({"state"}, "live parameter"),
     Undeclared: ({"needs"}, "base_weights without declaring it"),
     OwnCopy: ({"needs"}, r"ctx\.second_model"),

@@ -22,7 +22,7 @@ from clbench.contract.problems import ContractError, NotChecked, describe, is_fr
 from clbench.contract.watch import Watched, comparable, json_problems, option_values, watch_passes
 from clbench.errors import NeedError
 from clbench.listing import docs_of_fields
-from clbench.method import Method, Need, Weights
+from clbench.method import Branch, Method, Need, Stage, StagePlan, Weights
 
 MATRIX_TOLERANCE_NATS = 0.01
 """Between one and four micro-batches: rounding moves a loss by about 1e-5 here, a forgotten division by far more."""
@@ -294,6 +294,54 @@ def check_resume(case: MethodCase) -> None:
     )
 
 
+@dataclass(frozen=True)
+class _Flat:
+    """A constant learning rate."""
+
+    rate: float
+
+    def __call__(self, step: int, n_steps: int) -> float:
+        return self.rate
+
+
+class _Branching(Method):
+    """Hold the learning rate; release every stage but the last from a branch, or none."""
+
+    name = "branching"
+
+    def __init__(self, *, branch: bool) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def plan(self, stage: Stage) -> StagePlan:
+        line = _Flat(stage.learning_rate / 2)
+        branches = self.branch and stage.index < stage.n_stages - 1
+        return StagePlan(schedule=line, branch=Branch(schedule=line, fraction=0.4) if branches else None)
+
+
+def check_rewind(case: MethodCase) -> None:
+    """Beside decay branches of another component its main line goes on as it does without them.
+
+    Not asked of a method that sets the schedule itself, or reviews its mixture: these do not compose with a branch.
+    """
+    _ = case.run
+    plans = [case.make().plan(stage) for stage in case.lab.stages[:1]]
+    if any(plan.schedule is not None or plan.review_steps is not None or not plan.train for plan in plans):
+        return
+    one, other = (
+        case.other_run("a run with decay branches", [case.make(), _Branching(branch=branch)])
+        for branch in (False, True)
+    )
+    last = max(one.releases)
+    gap = _largest_gap(one.releases[last], other.releases[last])
+    if gap is not None or comparable(one.state) != comparable(other.state):
+        what = "its state" if gap is None else f"the last weights, {gap}"
+        raise case.broken(
+            f"decay branches, which are put back, change {what}",
+            "load_state_dict() has to overwrite all of the method's own state, also on a method that has run",
+        )
+
+
 def check_accumulation(case: MethodCase) -> None:
     """One micro-batch or four a step: the same gradient and the same matrix, but for rounding."""
     trace = case.run[1]
@@ -343,6 +391,7 @@ METHOD_CHECKS: tuple[Callable[[MethodCase], None], ...] = (
     check_same_seed,
     check_other_seed,
     check_resume,
+    check_rewind,
     check_accumulation,
     check_composes,
 )

@@ -84,6 +84,11 @@ class MethodContext:
         """Return Adam's moments; parameters without a step so far are left out."""
         self._need(Need.OPTIMIZER_MOMENTS)
         state = self._engine.optimizer.state
+        if any("exp_avg" not in kept for kept in state.values()):
+            raise ConfigError(
+                f"method {self.method.name!r} needs Adam's moments, which this optimizer does not keep",
+                mend="compose it with AdamW, the default",
+            )
         return {name: (state[p]["exp_avg"], state[p]["exp_avg_sq"]) for name, p in self.parameters() if p in state}
 
     def second_model(self) -> torch.nn.Module:

@@ -199,7 +199,7 @@ def train(job: Job) -> Ledger:
                 aside.keep_release(released)
             job.progress(stage, done, legs.total, loss_nats)
             now = time.monotonic()
-            if done % job.log_steps == 0 or done == legs.total:
+            if done % job.log_steps == 0 or done == legs.total or legs.ends_branch(done):
                 speed = (n_tokens - tokens_logged) / max(now - last_log, 1e-9)
                 line = step_line(stage, done - 1, loss_nats, learning_rate, grad_norm, n_tokens, speed)
                 job.store.append_steps([line])

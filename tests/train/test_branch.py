@@ -140,6 +140,7 @@ def test_the_log_shows_the_branch(tmp_path: Path) -> None:
     n_steps = 1500 // (4 * 64) + 1
     n_branch = tail_steps(0.4, n_steps)
     assert lines[-1]["step"] == n_steps + n_branch - 1
+    assert any(line["step"] == n_steps - 1 and line["lr"] == 0.001 for line in lines), "the branch's last step"
     assert lines[-1]["n_tokens"] == 1500 + 1500 - (n_steps - n_branch) * 4 * 64
 
 
