@@ -213,6 +213,10 @@ def _scores_of(summaries: Sequence[MethodSummary]) -> Table:
     for name in MAIN:
         table.add_row(METRICS[name].title, *(interval(one.scores[name]) for one in summaries))
     table.add_row("tokens", *(f"{one.bill.n_tokens:,.0f}" for one in summaries))
+    if any(one.bill.overhead > 0 for one in summaries):
+        table.add_row(
+            "FLOPs besides", *(f"{one.bill.overhead:+.0%}" if one.bill.overhead else "–" for one in summaries)
+        )
     table.add_row("seconds", *(f"{one.bill.total_seconds:,.0f}" for one in summaries))
     return table
 

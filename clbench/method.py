@@ -147,7 +147,7 @@ class StagePlan:
     branch: Branch | None = None
     """Release weights that are trained apart from the weights that training goes on from."""
     pools: Mapping[int, int] | None = None
-    """Stage -> how many of its tokens may be drawn at most, a bounded buffer; stages that are missing have no bound.
+    """Stage -> how many of its tokens may be drawn, rounded up to a whole row; stages that are missing have no bound.
 
     The pool of a stage is what this run drew first when that stage was new, so a smaller one is part of a larger one.
     """
@@ -409,7 +409,7 @@ class Composed:
             optimizer=self._only(plans, "optimizer"),
             train=all(plan.train for _, plan in plans),
             branch=self._only(plans, "branch"),
-            pools=self._only(plans, "pools"),
+            pools=self._pools(plans),
             excluded=frozenset[str]().union(*(plan.excluded for _, plan in plans)),
             review_steps=self._only(plans, "review_steps"),
         )
@@ -419,6 +419,18 @@ class Composed:
                 mend="take a schedule without a branch, such as wsd-s",
             )
         return merged
+
+    @staticmethod
+    def _pools(plans: list[tuple[Method, StagePlan]]) -> dict[int, int] | None:
+        """Return the pools of all components; a stage that two of them bound is refused."""
+        merged: dict[int, int] = {}
+        for method, plan in plans:
+            if twice := sorted(merged.keys() & (plan.pools or {}).keys()):
+                raise ConfigError(
+                    f"method {method.name!r} bounds stage {twice[0]}, as another one does", mend="drop one"
+                )
+            merged |= plan.pools or {}
+        return merged or None
 
     @staticmethod
     def _only(plans: list[tuple[Method, StagePlan]], part: str) -> Any:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 
-from clbench.errors import ConfigError
 from clbench.method import Method, Need, Stage, StagePlan
+from clbench.methods._shares import new_share
 
 
 class Replay(Method):
@@ -35,22 +34,3 @@ class Replay(Method):
         new = new_share(self.options.fraction, t)
         old = (1 - new) / (t - 1)
         return StagePlan(mixture={i: float(old) for i in range(stage.index)} | {stage.index: float(new)})
-
-
-def new_share(fraction: str, t: int) -> Fraction:
-    """Return alpha_t, the share of new text at stage t (1-based).
-
-    Raises:
-        ConfigError: the option is not a number in [0, 1] or ``1/t``.
-    """
-    text = fraction.replace(" ", "")
-    try:
-        share = Fraction(1, t) if text == "1/t" else Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        share = Fraction(-1)
-    if not 0 <= share <= 1:
-        raise ConfigError(
-            f"replay:fraction={fraction} is no share",
-            mend="give a number between 0 and 1 such as 1/2, or 1/t",
-        )
-    return share

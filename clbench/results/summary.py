@@ -130,6 +130,14 @@ class Bill:
         return self._total(self.flops.values())
 
     @property
+    def overhead(self) -> float:
+        """FLOPs of teachers, branches, control passes and the like, as a share of those of the ordinary steps."""
+        train = self.flops.get("train", 0.0)
+        return self._total(n for purpose, n in self.flops.items() if purpose not in ("train", "evaluate")) / (
+            train or math.nan
+        )
+
+    @property
     def total_seconds(self) -> float:
         """Seconds of all purposes."""
         return self._total(self.seconds.values())

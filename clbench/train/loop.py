@@ -31,7 +31,7 @@ from clbench.train.context import Engine, MethodContext
 from clbench.train.data import IGNORE, DataOrder
 from clbench.train.ledger import Ledger
 from clbench.train.models import copy_weights, load_weights, model_train_flops, weights_of
-from clbench.train.parallel import Hardware
+from clbench.train.parallel import Hardware, seed_device
 from clbench.train.rows import RowPlanner, reviewed
 
 
@@ -151,11 +151,11 @@ def train(job: Job) -> Ledger:
                 group["lr"] = learning_rate
             for context in contexts.values():
                 context.learning_rate, context.n_steps = learning_rate, legs.n_steps
-            torch.manual_seed(seeds.derive(job.seed, "dropout", stage.index, step))
+            seed_device(seeds.derive(job.seed, "dropout", stage.index, step), hardware.device)
 
             batches = order.micro_batches(step, micro_rows=training.micro_batch_rows, device=hardware.device)
             n_targets = sum(batch.n_targets for batch in batches)
-            loss_nats = 0.0
+            nlls: list[torch.Tensor] = []
             for batch in batches:
                 with hardware.autocast():
                     logits_BTV = model(input_ids=batch.inputs_BT).logits
@@ -167,17 +167,19 @@ def train(job: Job) -> Ledger:
                 )
                 extra = job.method.extra_loss(contexts, batch, logits_BTV)
                 torch.autograd.backward((nll if extra is None else nll + extra) / n_targets)
-                loss_nats += nll.item() / n_targets
+                nlls.append(nll.detach())
             job.method.each("edit_gradients", contexts)
-            grad_norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), training.clip_norm).item()
+            norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), training.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            # Read late: each read waits for the accelerator. Nothing was saved since.
+            loss_nats, grad_norm = sum(nll.item() / n_targets for nll in nlls), norm.item()
             if not (math.isfinite(loss_nats) and math.isfinite(grad_norm)):
                 raise NonFiniteError(
                     f"the loss is {loss_nats}, the gradient norm {grad_norm}",
                     where=f"stage {stage.index}, step {step}",
                     mend="lower the learning rate or the method's strength; the last checkpoint is untouched",
                 )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             job.method.each("after_step", contexts)
 
             done += 1
@@ -286,8 +288,8 @@ def review(
     wanted = method.review(contexts, stage)
     if wanted is None:
         return plan
-    pools = plan.pools if wanted.pools is None else wanted.pools
-    plan = replace(plan, mixture=wanted.mixture or plan.mixture, pools=pools)
+    pools = {**(plan.pools or {}), **(wanted.pools or {})}
+    plan = replace(plan, mixture=wanted.mixture or plan.mixture, pools=pools or None)
     planner.redraw(stage, plan, order, step)
     ledger.note_plan(stage.index, step, plan)
     return plan

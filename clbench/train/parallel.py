@@ -145,3 +145,11 @@ def measure_precisions(
             measured.append(time.perf_counter() - start)
             model.zero_grad(set_to_none=True)
     return {precision: statistics.median(measured[1:]) for precision, measured in times.items()}
+
+
+def seed_device(seed: int, device: torch.device) -> None:
+    """Seed what a forward pass draws from; ``torch.manual_seed`` formats a stack trace each time without a GPU."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
