@@ -133,7 +133,7 @@ def make_base(track: Track, stream: Stream, hardware: Hardware) -> Base:
         remove_leftovers(folder)
         model, ledger, n_steps = train_from_scratch(
             track,
-            _before_the_first_stage(stream),
+            before_the_first_stage(stream),
             hardware,
             work=folder / "work",
             title=f"base of {track.name}",
@@ -156,7 +156,7 @@ def make_base(track: Track, stream: Stream, hardware: Hardware) -> Base:
         return Base(folder, facts)
 
 
-def _before_the_first_stage(stream: Stream) -> Stream:
+def before_the_first_stage(stream: Stream) -> Stream:
     """Return stage 0 alone, under the digest that decides its order: equal stages 0 make equal bases."""
     past = stream.until(0)
     past.sha256 = stream.base_sha256

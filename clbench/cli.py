@@ -17,6 +17,7 @@ import typer
 from clbench import __version__
 from clbench.cli_arms import arms
 from clbench.cli_facts import facts
+from clbench.cli_ledger import ledger, show_series_plan
 from clbench.cli_results import slices
 from clbench.cli_stream import stream_app
 from clbench.errors import ClbenchError, ConfigError
@@ -37,7 +38,7 @@ app = typer.Typer(
 )
 leaderboard_app = typer.Typer(help="Build the leaderboard page, pack and verify submissions.", no_args_is_help=True)
 mlflow_app = typer.Typer(help="Rebuild what MLflow shows from run folders.", no_args_is_help=True)
-for results_command in (slices, facts, arms):
+for results_command in (slices, facts, arms, ledger):
     app.command()(results_command)
 app.add_typer(stream_app, name="stream")
 app.add_typer(leaderboard_app, name="leaderboard")
@@ -212,17 +213,46 @@ def oracle(
     write: Annotated[
         bool, typer.Option(help="Write oracle, row 0 and the stream's digest into the track's file.")
     ] = False,
+    series: Annotated[bool, typer.Option("--series", help="One oracle for every stage, written as a run.")] = False,
+    cutoff: Annotated[
+        list[int] | None,
+        typer.Option(help="A series of oracles after these stages only; several are fine.", show_default=False),
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only print what the series would cost, in tokens.")] = False,
+    continual_tokens: Annotated[
+        int | None,
+        typer.Option(help="With --plan: tokens of the run to compare with.", show_default="base and all stages"),
+    ] = None,
+    out: OutOption = Path("runs"),
     device: DeviceOption = "auto",
+    mlflow: MlflowOption = "sqlite",
     as_json: JsonOption = False,
 ) -> None:
-    """Train the oracle of a track (joint, from scratch, token-matched) and show or freeze its losses per period."""
-    from clbench import oracle as oracles
+    """Train the oracle of a track (joint, from scratch, token-matched) and show or freeze its losses per period.
 
-    frozen = oracles.train_oracle(track, seeds=seed or [0], device=device, write=write)
-    if as_json:
-        print_json(frozen)
+    With --series or --cutoff: oracles of several dates, in a run folder that reads like a method's.
+    """
+    from clbench import oracle as oracles
+    from clbench import oracle_series, registry
+
+    if write and (series or cutoff or plan):
+        raise ConfigError("--write freezes the full oracle only", mend="leave out --series, --cutoff and --plan")
+    if continual_tokens is not None and not plan:
+        raise ConfigError("--continual-tokens is for --plan", mend="add --plan")
+    if plan:
+        table = oracle_series.compute_table(registry.load_track(track), cutoff or [], continual_tokens=continual_tokens)
+        print_json(table) if as_json else show_series_plan(table)
+    elif series or cutoff:
+        loaded, stores = registry.load_track(track), []
+        for one in seed or [0]:
+            words = ["clbench", "oracle", track, *(w for c in cutoff or [] for w in ("--cutoff", str(c)))]
+            command = shlex.join([*words, *([] if cutoff else ["--series"]), "--seed", str(one)])
+            place = _place(out, device, mlflow, command=command)
+            stores.append(oracle_series.run_series(loaded, cutoffs=cutoff or [], seed=one, place=place))
+        _show(stores, as_json=as_json)
     else:
-        _print_oracle(frozen)
+        frozen = oracles.train_oracle(track, seeds=seed or [0], device=device, write=write)
+        print_json(frozen) if as_json else _print_oracle(frozen)
 
 
 @app.command()

@@ -21,7 +21,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -48,6 +48,8 @@ MAX_DEPTH = 12
 MAX_YAML_NODES = 20_000
 MAX_LOG_LINES = 5000
 """Lines of the training log that ``pack`` keeps, evenly spread."""
+MAX_REVIEWS = 1000
+"""Plans of one stage, where a method reviews its mixture."""
 MAX_BITS_PER_BYTE = 20.0
 """A uniform guess over bytes is 8; anything far above is a broken measurement."""
 LABEL = r"[A-Za-z0-9][A-Za-z0-9_.:=/+, \-]{0,199}"
@@ -142,8 +144,18 @@ class _Record(_Loose):
     n_steps: int = Field(ge=0)
 
 
+class _PlanShape(_Loose):
+    step: int = Field(ge=0)
+    mixture: dict[int, float] = Field(min_length=1, max_length=100)
+    pools: dict[int, int] = Field(default={}, max_length=100)
+    n_excluded: int = Field(default=0, ge=0)
+    excluded_sha256: str = Field(default="", max_length=64)
+
+
 class _LedgerShape(_Loose):
     tokens: dict[int, dict[int, int]] = {}
+    extra_tokens: dict[str, int] = {}
+    plans: dict[int, Annotated[list[_PlanShape], Field(max_length=MAX_REVIEWS)]] = {}
     flops: dict[str, float] = {}
     seconds: dict[str, float] = {}
     peak_memory_bytes: int = Field(default=0, ge=0)
@@ -240,13 +252,22 @@ def copy_run(run: RunStore, folder: Path, n_stages: int) -> None:
     """Copy what an entry keeps of one run; a long training log is thinned evenly."""
     target = RunStore(folder)
     write_text(folder / "run.yaml", (run.folder / "run.yaml").read_text(encoding="utf-8"))
-    target.write_ledger(run.ledger())
+    target.write_ledger(within_size(run.ledger()))
     for stage in range(n_stages):
         record = run.stage_record(stage)
         for suite in record["cells"]:
             target.write_rows(suite, stage, run.rows(suite, stage))
         target.write_stage_record(record)
     target.append_steps(thinned(run.steps(), MAX_LOG_LINES))
+
+
+def within_size(ledger: dict[str, Any]) -> dict[str, Any]:
+    """Return a bill that fits into an entry: without its plans where they are too long, as no figure needs them."""
+    longest = max((len(plans) for plans in ledger.get("plans", {}).values()), default=0)
+    n_bytes = len(json.dumps(ledger, indent=2, ensure_ascii=False).encode())
+    if longest <= MAX_REVIEWS and n_bytes < MAX_BYTES[".json"]:
+        return ledger
+    return {name: part for name, part in ledger.items() if name != "plans"}
 
 
 def thinned(lines: Sequence[Any], n_kept: int) -> list[Any]:
@@ -604,7 +625,8 @@ def check_ledger(folder: Path, n_stages: int, run: _Run, track: Mapping[str, Any
         return 0
     problems.check(bool(value), where, "is empty")
     sums: Mapping[str, Mapping[Any, float]] = {
-        "flops": ledger.flops, "seconds": ledger.seconds, "stored_bytes": ledger.stored_bytes
+        "flops": ledger.flops, "seconds": ledger.seconds, "stored_bytes": ledger.stored_bytes,
+        "extra_tokens": ledger.extra_tokens,
     }  # fmt: skip
     for name, parts in sums.items():
         problems.check(all(v >= 0 for v in parts.values()), where, f"{name} has a negative part")
@@ -619,9 +641,26 @@ def check_ledger(folder: Path, n_stages: int, run: _Run, track: Mapping[str, Any
             where,
             f"stage {stage} trained {total} tokens, the budget is {budget}",
         )
+    check_plans(ledger, n_stages, where, problems)
     n_trained = sum(sum(sources.values()) for sources in ledger.tokens.values())
     problems.check(n_trained == 0 or ledger.flops.get("train", 0) > 0, where, "tokens were trained but no FLOPs billed")
     return n_trained
+
+
+def check_plans(ledger: _LedgerShape, n_stages: int, where: str, problems: Problems) -> None:
+    """Check that what stages were drawn from could be: shares of stages that had happened, from ascending steps."""
+    for stage, plans in sorted(ledger.plans.items()):
+        if not problems.check(0 < stage < n_stages, where, f"plans of stage {stage}, which is no trained stage"):
+            return
+        steps = [plan.step for plan in plans]
+        problems.check(steps == sorted(set(steps)), where, f"plans of stage {stage} are not in order")
+        for plan in plans:
+            sources = {*plan.mixture, *plan.pools}
+            problems.check(all(0 <= s <= stage for s in sources), where, f"stage {stage} plans a later stage's text")
+            whole = all(0 <= share <= 1 for share in plan.mixture.values())
+            whole = whole and math.isclose(sum(plan.mixture.values()), 1, abs_tol=1e-6)
+            problems.check(whole, where, f"the shares that stage {stage} plans are no distribution")
+            problems.check(all(n >= 0 for n in plan.pools.values()), where, f"stage {stage} plans a negative pool")
 
 
 def budget_of(track: Mapping[str, Any]) -> float:

@@ -367,7 +367,7 @@ def bill_view(view: MethodView) -> dict[str, Any] | None:
     names = stage_names(summary)
     columns = sorted(names)
     rows = []
-    for stage in (s for s in columns if s > 0):
+    for stage in (s for s in columns if s > 0 or bill.tokens.get(s)):
         sources = bill.tokens.get(stage, {})
         rows.append(
             {

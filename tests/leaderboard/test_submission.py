@@ -87,6 +87,11 @@ def in_ledger(change: Callable[[Any], Any]) -> Tamper:
     return lambda entry: edit_json(entry / "seed-1" / "ledger.json", change)
 
 
+def in_plans(entries: Any) -> Tamper:
+    """Write plans of stage 1 into a ledger."""
+    return in_ledger(lambda value: value.update(plans={"1": entries}))
+
+
 def in_stage(change: Callable[[Any], Any]) -> Tamper:
     return lambda entry: edit_json(entry / "seed-1" / "stages" / "02.json", change)
 
@@ -148,6 +153,23 @@ def test_packing_again_changes_nothing(packed: Path, runs: dict[str, list[RunSto
 def test_frozen_and_replay_pass_too(runs: dict[str, list[RunStore]], track: dict[str, Any], tmp_path: Path) -> None:
     for method in ("frozen", "replay:fraction=1/2"):
         assert verify(pack(runs[method], tmp_path, declarations=DECLARED), track=track) == []
+
+
+def test_plans_pass_and_too_many_are_left_out(
+    runs: dict[str, list[RunStore]], track: dict[str, Any], tmp_path: Path
+) -> None:
+    entry = {"step": 0, "mixture": {"0": 0.5, "1": 0.5}, "pools": {"0": 1000}, "n_excluded": 3}
+    for name, plans in (("few", {"1": [entry]}), ("many", {"1": [{**entry, "step": k} for k in range(5000)]})):
+        copies = []
+        for run in runs["replay:fraction=1/2"]:
+            folder = shutil.copytree(run.folder, tmp_path / name / "runs" / run.folder.name)
+            edit_json(folder / "ledger.json", lambda value, plans=plans: value.update(plans=plans))
+            copies.append(RunStore(folder))
+        packed = pack(copies, tmp_path / name / "entries", declarations=DECLARED)
+        assert verify(packed, track=track) == []
+        kept = json.loads((packed / "seed-1/ledger.json").read_text(encoding="utf-8"))
+        assert kept.get("plans") == (plans if name == "few" else None)
+        assert kept["tokens"] == copies[1].ledger()["tokens"]
 
 
 def test_a_long_log_is_thinned_to_its_ends() -> None:
@@ -282,6 +304,21 @@ def expect(problems: list[str], message: str) -> None:
         (in_ledger(lambda v: v["flops"].update(train=-1)), "negative part"),
         (in_ledger(lambda v: v["flops"].clear()), "no FLOPs billed"),
         (in_ledger(lambda v: v.clear()), "is empty"),
+        (in_plans([{"step": 0, "mixture": {"2": 1.0}}]), "later stage's text"),
+        (in_plans([{"step": 0, "mixture": {"-1": 1.0}}]), "later stage's text"),
+        (in_plans([{"step": 0, "mixture": {"0": 0.5}}]), "no distribution"),
+        (in_plans([{"step": 0, "mixture": {"0": 2.0, "1": -1.0}}]), "no distribution"),
+        (in_plans([{"step": 4, "mixture": {"0": 1.0}}, {"step": 4, "mixture": {"0": 1.0}}]), "not in order"),
+        (in_plans([{"step": 0, "mixture": {"0": 1.0}, "pools": {"0": -5}}]), "negative pool"),
+        (in_plans([{"step": -1, "mixture": {"0": 1.0}}]), "greater than or equal to 0"),
+        (in_plans([{"step": 0, "mixture": {"0": 1.0}, "n_excluded": -3}]), "greater than or equal to 0"),
+        (in_plans([{"step": k, "mixture": {"0": 1.0}} for k in range(1001)]), "at most 1000"),
+        (in_plans([{"step": 0}]), "mixture: Field required"),
+        (in_plans([7]), "valid dictionary"),
+        (in_plans({"step": 0}), "valid list"),
+        (in_ledger(lambda v: v.update(plans={"9": [{"step": 0, "mixture": {"0": 1.0}}]})), "no trained stage"),
+        (in_ledger(lambda v: v.update(plans=[1])), "valid dictionary"),
+        (in_ledger(lambda v: v.update(extra_tokens={"teacher": -1})), "extra_tokens has a negative part"),
         (lambda e: (e / "seed-1/ledger.json").write_text('{"seconds": {"train": 1e999}}'), "NaN or infinite"),
         (lambda e: (e / "seed-1/ledger.json").unlink(), "seed-1/ledger.json: is missing"),
         (lambda e: (e / "seed-1/steps.jsonl").write_text("{}\n"), "line 1: stage"),
