@@ -21,6 +21,7 @@ COMMANDS = [
     "oracle",
     "report",
     "slices",
+    "ledger",
     "facts",
     "arms",
     "stream",
