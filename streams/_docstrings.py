@@ -35,6 +35,9 @@ _LINE = re.compile(rf"(?: {_BLANK} )*+ ([ \t\f]*+) ( {_STATEMENT} ) \n", _FLAGS)
 """Blank lines and comments, then the indentation and the text of a logical line with brackets nested no deeper."""
 _BODIES: dict[int, re.Pattern[str]] = {}
 """By column, what skips the body of a block: see ``_end_of_body``."""
+_SKIPS = re.sub(r"(?:ab?c)*+", "", "aca") == "a"
+"""Before Python 3.11.5 possessive repetition of a group matches wrongly (CPython issue 106052). There every line is
+read by itself, which gives the same definitions in more time."""
 _HEADER = re.compile(r"(?:async[ \t]+)?(def|class)[ \t]+(\w+)")
 _DEFINES_AT_MARGIN = re.compile(_DEFINES)
 _LITERAL = re.compile(rf"([a-zA-Z]{{0,3}})({_STRING})", _FLAGS)
@@ -113,7 +116,7 @@ def _define(scope: Definition, kind: str, name: str, column: int) -> Definition:
 def _logical_line(text: str, start: int) -> tuple[int, str, int] | None:
     """Return column, text and end of the next logical line that is neither blank nor a comment; None at the end."""
     while start < len(text):
-        if line := _LINE.match(text, start):
+        if _SKIPS and (line := _LINE.match(text, start)):
             indent, statement = line.groups()
             start = line.end()
         else:
@@ -133,7 +136,7 @@ def _end_of_body(text: str, start: int, column: int) -> int:
 
     Lines that start at ``column`` or further right and define nothing are skipped.
     """
-    if column >= MAX_COLUMNS:
+    if column >= MAX_COLUMNS or not _SKIPS:
         return start
     if column not in _BODIES:
         indent = rf"[ ]{{{column},}}+ (?! [ \t\f\n\#] | (?: async | def | class ) [ \t] )"
