@@ -629,7 +629,8 @@ def table_rows(here: TrackOutcomes) -> list[dict[str, Any]]:
         here.outcomes,
         key=lambda a: (a.rest, names.index(a.schedule.partition(":")[0]), a.schedule, share_key(a.new)),
     )
-    unit = sum(here.outcomes[CYCLIC].flops.values()) if CYCLIC in here.outcomes else 1.0
+    trained = sorted(one.flops["train"] for one in here.outcomes.values() if one.flops.get("train"))
+    unit = trained[len(trained) // 2] if trained else 1.0  # every arm trains on the same tokens
     rows = []
     for arm in arms:
         one = here.outcomes[arm]
