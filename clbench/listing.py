@@ -156,7 +156,7 @@ def show(found: dict[str, list[dict[str, Any]]], *, in_full: bool = False) -> No
 
 def _sentence(text: str) -> str:
     """Return the first sentence of a description."""
-    return re.split(r"(?<=\.)\s|(?<=[a-z]):\s", text, maxsplit=1)[0]
+    return re.split(r"(?<=\.)(?<! al\.)\s|(?<=[a-z]):\s", text, maxsplit=1)[0]
 
 
 def _shortened(text: str, n_characters: int = 90) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from clbench.errors import ConfigError, IntegrityError
@@ -22,12 +23,26 @@ ADAPTER = "default"
 A, B, BASE = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight", ".base_layer"
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """What every adapter has."""
+
+    r: int = 8
+    """Rank of the update of each matrix, by each adapter."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / r."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that is dropped in training."""
+    target: str = "all"
+    """all linear layers of the decoder, or names such as q_proj+v_proj."""
+
+
 class Adapted(Method):
-    """What methods with adapters share; their options have at least r, alpha, dropout and target."""
+    """What methods with adapters share; their options are AdapterOptions and more."""
 
     needs = frozenset({Need.STAGE_BOUNDARIES})
 
-    def __init__(self, options: Any = None) -> None:
+    def __init__(self, options: AdapterOptions | None = None) -> None:
         super().__init__(options)
         check_options(type(self).__name__.lower(), self.options)
 

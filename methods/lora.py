@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clbench.method import Stage, StagePlan
-from clbench.methods._adapters import Adapted
+from clbench.methods._adapters import Adapted, AdapterOptions
 
 
 class Lora(Adapted):
@@ -16,17 +16,9 @@ class Lora(Adapted):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Options:
+    class Options(AdapterOptions):
         """Options of lora."""
 
-        r: int = 8
-        """Rank of the update of each matrix."""
-        alpha: float = 16.0
-        """The update is scaled by alpha / r."""
-        dropout: float = 0.0
-        """Share of an adapter's inputs that is dropped in training."""
-        target: str = "all"
-        """all linear layers of the decoder, or names such as q_proj+v_proj."""
         scope: Literal["run", "stage"] = "run"
         """run: one adapter for all stages. stage: each stage's is merged before the next, which begins a new one."""
 

@@ -10,7 +10,7 @@ import torch
 
 from clbench.errors import ConfigError
 from clbench.method import Context, Stage, StagePlan, Weights
-from clbench.methods._adapters import Adapted, factors, layers
+from clbench.methods._adapters import Adapted, AdapterOptions, factors, layers
 
 
 class OLora(Adapted):
@@ -22,17 +22,9 @@ class OLora(Adapted):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Options:
+    class Options(AdapterOptions):
         """Options of o-lora."""
 
-        r: int = 8
-        """Rank of each stage's update of each matrix."""
-        alpha: float = 16.0
-        """The update is scaled by alpha / r."""
-        dropout: float = 0.0
-        """Share of an adapter's inputs that is dropped in training."""
-        target: str = "all"
-        """all linear layers of the decoder, or names such as q_proj+v_proj."""
         lambda1: float = 0.5
         """Strength of the orthogonality, in nats per unit of the entries' absolute sum."""
         lambda2: float = 0.0

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from clbench.method import Composed, Weights
+from clbench.method import Composed, StagePlan, Weights, tail_steps
 from clbench.train import checkpoint
+from clbench.train.data import DataOrder
 from clbench.train.models import copy_weights, load_weights, weights_of
 
 
@@ -28,6 +29,13 @@ class Legs:
     n_steps: int
     n_branch: int = 0
 
+    @classmethod
+    def of(cls, plan: StagePlan, n_steps: int) -> Legs:
+        """Return the legs of a stage that has rows for ``n_steps``."""
+        if not plan.train:
+            return cls(0)
+        return cls(n_steps, tail_steps(plan.branch.fraction, n_steps) if plan.branch is not None else 0)
+
     @property
     def total(self) -> int:
         """Steps that are taken in all."""
@@ -38,6 +46,14 @@ class Legs:
         if done < self.n_steps:
             return done, done >= self.n_steps - self.n_branch and self.n_branch > 0
         return done - self.n_branch, False
+
+    def tokens_taken(self, order: DataOrder, done: int) -> int:
+        """Return the target tokens of the first ``done`` steps that are taken, those of the branch among them."""
+        step = self.place(done)[0]
+        rows = order.batch_rows
+        main = order.n_targets[: step * rows].sum()
+        branch = order.n_targets[(self.n_steps - self.n_branch) * rows :].sum() if done > step else 0
+        return int(main + branch)
 
     def begins_branch(self, done: int) -> bool:
         """Return whether the branch begins after so many steps."""

@@ -57,10 +57,10 @@ class Ledger:
     def note_plan(self, stage: int, step: int, plan: StagePlan) -> None:
         """Write down what rows of a stage are drawn from, from a step on.
 
-        Not written: all rows of the new stage alone, without exclusions.
+        Not written: all rows of the new stage alone, without exclusions, for good.
         """
         mixture, pools, documents = plan.mixture or {stage: 1.0}, plan.pools or {}, sorted(plan.excluded)
-        if step or pools or documents or dict(mixture) != {stage: 1.0}:
+        if plan.review_steps or pools or documents or dict(mixture) != {stage: 1.0}:
             entry: dict[str, Any] = {"step": step, "mixture": {str(i): share for i, share in sorted(mixture.items())}}
             if pools:
                 entry["pools"] = {str(i): n for i, n in sorted(pools.items())}

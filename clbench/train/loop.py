@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from clbench import seeds
 from clbench.errors import NonFiniteError
-from clbench.method import Composed, Cosine, Need, OptimizerPolicy, Stage, StagePlan, Weights, tail_steps
+from clbench.method import Composed, Cosine, Need, OptimizerPolicy, Stage, StagePlan, Weights
 from clbench.results.store import RunStore, StepLine
 from clbench.stream import Stream
 from clbench.track import TrainingSpec
@@ -120,7 +120,7 @@ def train(job: Job) -> Ledger:
         plan = job.method.plan(stage)
         plan, order = make_order(planner, stage, plan, ledger, here)
         schedule = plan.schedule or Cosine(peak=stage.learning_rate, warmup_steps=stage.warmup_steps, floor=stage.floor)
-        legs = make_legs(order, plan)
+        legs = Legs.of(plan, order.n_steps)
         engine = replace(engine, stream=job.stream.until(stage.index), draw=planner.draw(plan), order=order)
         contexts = {
             i: MethodContext(stage=stage, method=method, _engine=engine, n_steps=legs.n_steps)
@@ -131,7 +131,7 @@ def train(job: Job) -> Ledger:
             reset_optimizer(optimizer, plan.optimizer or training.optimizer)
             job.method.each("begin_stage", contexts)
         done = here.step if here is not None else 0
-        n_tokens = taken_tokens(order, legs, done)
+        n_tokens = legs.tokens_taken(order, done)
         last_save = last_log = time.monotonic()
         tokens_logged = n_tokens
 
@@ -142,7 +142,7 @@ def train(job: Job) -> Ledger:
                 context.step = step
             if plan.review_steps and step and step % plan.review_steps == 0:
                 plan = review(planner, job.method, plan, order, contexts, ledger)
-                legs = make_legs(order, plan)
+                legs = Legs.of(plan, order.n_steps)
             if legs.begins_branch(done):
                 aside.put(model, optimizer, names, job.method)
             at = plan.branch.schedule if plan.branch is not None and on_branch else schedule
@@ -293,20 +293,6 @@ def review(
     planner.redraw(stage, plan, order, step)
     ledger.note_plan(stage.index, step, plan)
     return plan
-
-
-def make_legs(order: DataOrder, plan: StagePlan) -> Legs:
-    """Return how the steps of a stage follow one another."""
-    if not plan.train:
-        return Legs(0)
-    return Legs(order.n_steps, tail_steps(plan.branch.fraction, order.n_steps) if plan.branch is not None else 0)
-
-
-def taken_tokens(order: DataOrder, legs: Legs, done: int) -> int:
-    """Return the target tokens of the first ``done`` steps that a stage takes, those of its branch among them."""
-    fork, step = legs.n_steps - legs.n_branch, legs.place(done)[0]
-    main, branch = slice(0, step * order.batch_rows), slice(fork * order.batch_rows, legs.n_steps * order.batch_rows)
-    return int(order.n_targets[main].sum() + (order.n_targets[branch].sum() if done > step else 0))
 
 
 def at_the_end(contexts: Mapping[int, MethodContext], legs: Legs, learning_rate: float) -> None:

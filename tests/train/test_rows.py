@@ -194,9 +194,11 @@ def test_reviews_change_the_mixture_keep_the_budget_and_stand_in_the_ledger(tmp_
     for stage in ("1", "2"):
         assert sum(bill["tokens"][stage].values()) == 1500
         steps = [entry["step"] for entry in bill["plans"][stage]]
-        assert steps == [2, 4], "the plan at step 0 is the default: new text alone"
-        assert bill["plans"][stage][0]["mixture"] == {"0": 1.0} and bill["plans"][stage][0]["pools"] == {"0": 100}
-        assert bill["plans"][stage][1]["pools"] == {"0": 100}, "a review without pools leaves them"
+        assert steps == [0, 2, 4]
+        start, first, second = bill["plans"][stage]
+        assert start == {"step": 0, "mixture": {stage: 1.0}}
+        assert first["mixture"] == {"0": 1.0} and first["pools"] == {"0": 100}
+        assert second["pools"] == {"0": 100}, "a review without pools leaves them"
         left = 1500 - 4 * 4 * length
         assert bill["tokens"][stage]["0"] == pytest.approx(2 * 4 * length + left / 2, abs=1)
 
