@@ -216,10 +216,11 @@ class Context(Protocol):
         """Return a frozen copy of the model as it is now, in eval mode (SECOND_MODEL)."""
         ...
 
-    def batches(self, stage: int, *, n_rows: int, name: str) -> Iterator[Batch]:
-        """Yield training batches of one stage for an extra pass (PAST_DATA or CURRENT_DATA).
+    def batches(self, stage: int, *, n_rows: int, name: str, rows_per_batch: int = 1) -> Iterator[Batch]:
+        """Yield training rows of one stage for an extra pass, at most all of them (PAST_DATA or CURRENT_DATA).
 
-        ``name`` makes the draw independent of the training order. The tokens are billed by the caller.
+        ``name`` makes the draw independent of the training order; ``rows_per_batch`` changes neither the rows nor
+        their order. The tokens are billed by the caller.
         """
         ...
 
@@ -254,6 +255,24 @@ class Context(Protocol):
 
     def bill(self, purpose: str, *, flops: float, n_tokens: int = 0) -> None:
         """Add work beyond the ordinary step to the ledger (teacher, fisher, decay_branch, merge …)."""
+        ...
+
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a small float64 tensor over the processes that each hold a shard of the parameters.
+
+        ``parameters`` yields local shards: a dot product over the model is one such sum. One process: ``values``.
+        """
+        ...
+
+    def note(self, name: str, value: float) -> None:
+        """Write down a figure that explains the method's doing in this stage; the last value counts.
+
+        It stands in ``ledger.json`` and in MLflow as ``method/<method>/<name>``, at the stage.
+        """
+        ...
+
+    def warn(self, text: str) -> None:
+        """Tell the user, in one line; method and stage are put before it."""
         ...
 
     def forward_flops(self, n_tokens: int) -> float:

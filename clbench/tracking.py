@@ -64,6 +64,7 @@ NOTE = """One run per method and seed; unfold it for one child run per stage.
   period: a line that rises after its own stage is forgetting. Lower is better.
 - `cl/backward`, `cl/in_distribution`, `cl/forward`: mean loss after that stage on earlier periods, on its own
   and on later ones, nats per token.
+- `method/<method>/<name>` is what a method noted about itself in that stage.
 - `score/…` (nats per token where they are losses) with `_low` and `_high` (95 % interval; for one run that is
   evaluation noise, not seed noise) and `cost/…` appear when the run is done.
 - `…/undefined` = 1 marks a figure that is not defined or not finite there.
@@ -245,7 +246,7 @@ def _parent(folder: _Folder, name: str, matrices: Mapping[Unit, Matrix]) -> Logg
     starts = [folder.time(line["time"]) for line in folder.steps[:1]] + list(finished.values())[:1]
     if created := folder.config.get("created"):
         starts = [folder.time(created)]
-    points = matrix_points(matrices, folder.names, finished)
+    points = matrix_points(matrices, folder.names, finished, folder.store.ledger())
     status = {"done": "FINISHED", "failed": "FAILED"}.get(folder.state, "RUNNING")
     tags = folder.common | {
         "clbench.kind": "benchmark",
@@ -318,9 +319,9 @@ def step_points(line: StepLine, at: int) -> list[Point]:
 
 
 def matrix_points(
-    matrices: Mapping[Unit, Matrix], names: Mapping[int, str], finished: Mapping[int, int]
+    matrices: Mapping[Unit, Matrix], names: Mapping[int, str], finished: Mapping[int, int], ledger: Mapping[str, Any]
 ) -> list[Point]:
-    """Return the matrix row by row: a point per period and unit, then the row's means."""
+    """Return the matrix row by row: a point per period and unit, the row's means, then what methods noted."""
     points: list[Point] = []
     for row, at in finished.items():
         for unit, section in SECTIONS.items():
@@ -330,6 +331,7 @@ def matrix_points(
                 points.append(finite_point(key, float(matrix.at(row, column)), row, at))
         for name, mean in row_means(matrices["nats_per_token"], row).items():
             points.append(finite_point(f"cl/{name}", mean, row, at))
+        points += note_points(ledger, row, at)
     return points
 
 
@@ -374,6 +376,16 @@ def cost_points(ledger: Mapping[str, Any], step: int, at: int) -> list[Point]:
     if "peak_memory_bytes" in ledger:
         values["cost/peak_memory_bytes"] = ledger["peak_memory_bytes"]
     return [finite_point(key, value, step, at) for key, value in values.items()]
+
+
+def note_points(ledger: Mapping[str, Any], stage: int, at: int) -> list[Point]:
+    """Return what methods noted about themselves in one stage."""
+    points: list[Point] = []
+    for method, noted in ledger.get("notes", {}).get(str(stage), {}).items():
+        for name, value in noted.items():
+            key = f"method/{metric_name(method)}/{metric_name(name)}"
+            points.append(finite_point(key, math.nan if value is None else float(value), stage, at))
+    return points
 
 
 def finite_point(key: str, value: float, step: int, time_ms: int) -> Point:

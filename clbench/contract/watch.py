@@ -101,9 +101,9 @@ class WatchedContext:
         self._notes.flops_billed += flops
         self._context.bill(purpose, flops=flops, n_tokens=n_tokens)
 
-    def batches(self, stage: int, *, n_rows: int, name: str) -> Iterator[Batch]:
+    def batches(self, stage: int, *, n_rows: int, name: str, rows_per_batch: int = 1) -> Iterator[Batch]:
         """Pass batches on and remember how many of their tokens are real."""
-        for batch in self._context.batches(stage, n_rows=n_rows, name=name):
+        for batch in self._context.batches(stage, n_rows=n_rows, name=name, rows_per_batch=rows_per_batch):
             remember(self._notes, batch)
             yield batch
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from clbench import seeds
+from clbench import console, seeds
 from clbench.errors import ConfigError, NeedError
 from clbench.method import Method, Need, Stage, Weights
 from clbench.stream import Stream
 from clbench.train.data import CONTROL_ROWS, IGNORE, Batching, DataOrder, Draw, Shelf, TokenBatch
 from clbench.train.ledger import Ledger
 from clbench.train.models import holding, model_forward_flops
+from clbench.train.parallel import sum_over_processes
 
 
 @dataclass
@@ -40,6 +41,9 @@ class Engine:
     """What may be drawn in this stage."""
     order: DataOrder | None = None
     """The rows of this stage."""
+    sharded: bool = False
+    """Whether every process holds only a shard of each parameter."""
+    warn: Callable[[str], None] = console.warn
 
 
 @dataclass
@@ -104,8 +108,10 @@ class MethodContext:
                 mend="only this and earlier stages have happened",
             )
 
-    def batches(self, stage: int, *, n_rows: int, name: str) -> Iterator[TokenBatch]:
-        """Yield rows of one stage one by one, at most one pass over it; none of a document that is excluded."""
+    def batches(self, stage: int, *, n_rows: int, name: str, rows_per_batch: int = 1) -> Iterator[TokenBatch]:
+        """Yield rows of one stage, at most one pass over it; none of a document that is excluded."""
+        if n_rows < 1 or rows_per_batch < 1:
+            raise ConfigError(f"{n_rows} rows, {rows_per_batch} at a time", mend="ask for at least one row")
         self._happened(stage)
         self._need(Need.CURRENT_DATA if stage == self.stage.index else Need.PAST_DATA)
         engine = self._engine
@@ -124,8 +130,9 @@ class MethodContext:
             batching=engine.batching,
             draw=Draw(excluded=engine.draw.excluded),
         )
-        for step in range(order.n_steps if engine.batching == "packed" else min(n_rows, order.n_steps)):
-            yield from order.micro_batches(step, micro_rows=None, device=engine.device)
+        n_found = len(order.start) if engine.batching == "packed" else min(n_rows, len(order.start))
+        for first in range(0, n_found, rows_per_batch):
+            yield order.read(slice(first, min(first + rows_per_batch, n_found)), engine.device)
 
     def training_batches(self) -> Iterator[TokenBatch]:
         """Yield the batches that this stage will train on, before it does."""
@@ -190,6 +197,18 @@ class MethodContext:
     def bill(self, purpose: str, *, flops: float, n_tokens: int = 0) -> None:
         """Add work beyond the ordinary step to the ledger."""
         self._engine.ledger.bill_flops(purpose, flops, n_tokens)
+
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum over the processes that hold a shard of the parameters each."""
+        return sum_over_processes(values) if self._engine.sharded else values
+
+    def note(self, name: str, value: float) -> None:
+        """Write down a figure about the method in this stage."""
+        self._engine.ledger.note_figure(self.stage.index, self.method.name, name, value)
+
+    def warn(self, text: str) -> None:
+        """Tell the user."""
+        self._engine.warn(f"{self.method.name}, stage {self.stage.index}: {text}")
 
     def forward_flops(self, n_tokens: int) -> float:
         """Return the FLOPs of one forward pass over ``n_tokens`` at the training length."""

@@ -157,9 +157,10 @@ class DataOrder:
         first, end = step * self.batch_rows, min((step + 1) * self.batch_rows, len(self.start))
         first, end = (first + (end - first) * r // world_size for r in (rank, rank + 1))
         size = micro_rows or max(1, end - first)
-        return [self._read(slice(i, min(i + size, end)), device) for i in range(first, end, size)]
+        return [self.read(slice(i, min(i + size, end)), device) for i in range(first, end, size)]
 
-    def _read(self, rows: slice, device: torch.device) -> TokenBatch:
+    def read(self, rows: slice, device: torch.device) -> TokenBatch:
+        """Return some rows, by their places in this order."""
         start, n = self.start[rows], self.n_targets[rows]
         sources = self.source[rows].tolist()
         source_B = torch.tensor(sources, dtype=torch.int64, device=device)

@@ -6,6 +6,7 @@ is free. Counts are exact and survive a resume; seconds and memory are measured.
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -53,6 +54,8 @@ class Ledger:
     stored_bytes: dict[str, int] = field(default_factory=dict)
     plans: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     """Trained stage -> what was drawn from since which step, where it was not the new stage alone (``note_plan``)."""
+    notes: dict[int, dict[str, dict[str, float | None]]] = field(default_factory=dict)
+    """Trained stage -> method -> figures that it noted about itself; they explain a result and cost nothing."""
 
     def note_plan(self, stage: int, step: int, plan: StagePlan) -> None:
         """Write down what rows of a stage are drawn from, from a step on.
@@ -67,6 +70,11 @@ class Ledger:
             if documents:
                 entry |= {"n_excluded": len(documents), "excluded_sha256": digest_of(documents)}
             self.plans.setdefault(stage, []).append(entry)
+
+    def note_figure(self, stage: int, method: str, name: str, value: float) -> None:
+        """Write down what a method says about itself in a stage; the last value counts, an undefined one is None."""
+        noted = self.notes.setdefault(stage, {}).setdefault(method, {})
+        noted[name] = float(value) if math.isfinite(value) else None
 
     def bill_tokens(self, stage: int, by_source: dict[int, int]) -> None:
         """Add the target tokens of one batch."""
@@ -114,6 +122,7 @@ class Ledger:
             "peak_memory_bytes": self.peak_memory_bytes,
             "stored_bytes": dict(sorted(self.stored_bytes.items())),
             **({"plans": {str(k): plans for k, plans in sorted(self.plans.items())}} if self.plans else {}),
+            **({"notes": {str(k): notes for k, notes in sorted(self.notes.items())}} if self.notes else {}),
         }
 
     @classmethod
@@ -130,4 +139,5 @@ class Ledger:
             peak_memory_bytes=value["peak_memory_bytes"],
             stored_bytes=dict(value["stored_bytes"]),
             plans={int(k): list(plans) for k, plans in value.get("plans", {}).items()},
+            notes={int(k): {m: dict(own) for m, own in notes.items()} for k, notes in value.get("notes", {}).items()},
         )

@@ -88,6 +88,7 @@ def train(job: Job) -> Ledger:
         batch_rows=training.batch_rows,
         micro_rows=training.micro_batch_rows,
         start_weights=start_weights,
+        warn=job.warn,
     )
     planner = RowPlanner(
         stream=job.stream, training=training, seed=job.seed, keeps_control=job.method.needs(Need.CONTROL_DATA)
