@@ -126,6 +126,13 @@ def test_reviews_are_shown_and_followed(adaptive: RunStore) -> None:
     assert "extra tokens, control" in shown.out
 
 
+def test_a_reuse_ratio_that_changed_on_the_way_is_followed(tiny: Path, tmp_path: Path) -> None:
+    store = trained(tiny, tmp_path, "reuse-ratio:steps=1,threshold=1")  # any change of the signal counts as stable
+    steps = [[entry["step"] for entry in plan] for plan in store.ledger()["plans"].values()]
+    assert all(step[0] == 0 and len(step) > 1 for step in steps)
+    assert verify(store.folder).code == 0
+
+
 def test_runs_from_before_plans_were_written_are_planned_again(replay: RunStore, tmp_path: Path) -> None:
     def age(value: dict[str, Any]) -> None:
         for name in ("plans", "steps", "rows", "learning_rate_sum"):
