@@ -17,6 +17,7 @@ import typer
 from clbench import __version__
 from clbench.cli_arms import arms
 from clbench.cli_facts import facts
+from clbench.cli_fisher import fisher
 from clbench.cli_ledger import ledger, show_series_plan
 from clbench.cli_results import slices
 from clbench.cli_stream import stream_app
@@ -38,7 +39,7 @@ app = typer.Typer(
 )
 leaderboard_app = typer.Typer(help="Build the leaderboard page, pack and verify submissions.", no_args_is_help=True)
 mlflow_app = typer.Typer(help="Rebuild what MLflow shows from run folders.", no_args_is_help=True)
-for results_command in (slices, facts, arms, ledger):
+for results_command in (slices, facts, arms, ledger, fisher):
     app.command()(results_command)
 app.add_typer(stream_app, name="stream")
 app.add_typer(leaderboard_app, name="leaderboard")

@@ -40,7 +40,7 @@ import filelock
 import numpy as np
 
 from clbench.errors import BusyError, ClbenchError, ConfigError, IntegrityError, NotFoundError, did_you_mean
-from clbench.files import canonical_json, digest_of, sha256_bytes, sha256_file
+from clbench.files import canonical_json, digest_of, read_json, sha256_bytes, sha256_file
 from clbench.results.matrix import Matrix, Unit, documents_of
 from clbench.results.metrics import backward, forward, in_distribution
 from clbench.results.store import RunStore, StageRecord, StepLine
@@ -67,6 +67,7 @@ NOTE = """One run per method and seed; unfold it for one child run per stage.
 - `method/<method>/<name>` is what a method noted about itself in that stage.
 - `score/…` (nats per token where they are losses) with `_low` and `_high` (95 % interval; for one run that is
   evaluation noise, not seed noise) and `cost/…` appear when the run is done.
+- `fisher/<block>/<figure>`, step = stage, when `clbench fisher` measured the run: see docs/fisher.md.
 - `…/undefined` = 1 marks a figure that is not defined or not finite there.
 - Artifacts: the matrix as pictures and CSV, the configuration, the bill, and the report when it was made.
 
@@ -261,6 +262,7 @@ def _parent(folder: _Folder, name: str, matrices: Mapping[Unit, Matrix]) -> Logg
         points += cost_points(folder.store.ledger(), last, at) + score_points(scores, last, at)
         undefined = [score for score in scores.values() if not math.isfinite(score.value)]
         tags |= {f"clbench.undefined.{metric_name(s.name)}": str(s.reason) for s in undefined}
+    points += fisher_points(folder.store, finished)
     return LoggedRun(
         key="parent",
         name=name,
@@ -353,6 +355,35 @@ def score_points(scores: Mapping[str, Score], step: int, at: int) -> list[Point]
         if math.isfinite(score.low) and math.isfinite(score.high):
             points += [Point(f"{key}_low", score.low, step, at), Point(f"{key}_high", score.high, step, at)]
     return points
+
+
+def fisher_points(store: RunStore, finished: Mapping[int, int]) -> list[Point]:
+    """Return what ``clbench fisher`` wrote into the run folder about packed rows of each stage's own text.
+
+    Figures that are not defined are left out. Where a stage was measured with several options, the last one counts.
+    """
+    path = store.folder / "fisher.json"
+    if not path.is_file():
+        return []
+    points: dict[tuple[int, str], Point] = {}
+    try:
+        for report in read_json(path)["reports"].values():
+            about = report["about"]
+            stage = int(about["stage"])
+            if about["period"] != stage or about["grouping"] != "sequence" or stage not in finished:
+                continue
+            for block, figures in report["blocks"].items():
+                for name, figure in figures["quantities"].items():
+                    if figure["value"] is not None:
+                        key = f"fisher/{metric_name(block)}/{metric_name(name)}"
+                        points[stage, key] = finite_point(key, float(figure["value"]), stage, finished[stage])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise IntegrityError(
+            f"the Fisher reports lack a field or have a wrong one: {error}",
+            where=path,
+            mend="delete it and run `clbench fisher` again",
+        ) from None
+    return list(points.values())
 
 
 def period_names(stages: Iterable[Mapping[str, Any]]) -> dict[int, str]:
