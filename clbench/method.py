@@ -288,6 +288,8 @@ class Method:
         """A docstring under each field is its help text."""
 
     needs: frozenset[Need] = frozenset()
+    keeps_text: bool = False
+    """Whether its state holds training text or what can be read back from it, where deletions cannot reach."""
     name: str = ""
     """Set by the registry."""
 
@@ -432,6 +434,12 @@ class Composed:
             excluded=frozenset[str]().union(*(plan.excluded for _, plan in plans)),
             review_steps=self._only(plans, "review_steps"),
         )
+        keeper = next((method.name for method in self.components if method.keeps_text), None)
+        if merged.excluded and keeper is not None:
+            raise ConfigError(
+                f"method {keeper!r} keeps text of its own, which deletions cannot reach",
+                mend="replay with a method that draws anew, such as replay-buffer",
+            )
         if merged.branch is not None and merged.review_steps is not None:
             raise ConfigError(
                 "a branch and reviews cannot be composed: the branch's rows have to be known before",

@@ -134,7 +134,7 @@ class Watched(Method):
 
     def __init__(self, inner: Method, model: torch.nn.Module) -> None:
         self.inner, self.model, self.trained = inner, model, model
-        self.name, self.options = inner.name, inner.options
+        self.name, self.options, self.keeps_text = inner.name, inner.options, inner.keeps_text
         self.needs = AskedNeeds(inner.needs)
         self.needs.asked = set()
         self.notes = Notes(self.needs)

@@ -109,15 +109,16 @@ class MethodContext:
             )
 
     def batches(self, stage: int, *, n_rows: int, name: str, rows_per_batch: int = 1) -> Iterator[TokenBatch]:
-        """Yield rows of one stage, at most one pass over it; none of a document that is excluded."""
+        """Yield rows of one stage, at most one pass over it; nothing excluded or kept back."""
         if n_rows < 1 or rows_per_batch < 1:
             raise ConfigError(f"{n_rows} rows, {rows_per_batch} at a time", mend="ask for at least one row")
         self._happened(stage)
         self._need(Need.CURRENT_DATA if stage == self.stage.index else Need.PAST_DATA)
         engine = self._engine
-        counts = engine.stream.counts("train", stage)
-        # One target a token but the first: of the stage, or of every document.
-        available = counts["n_tokens"] - (counts["n_documents"] if engine.batching == "rows" else 1)
+        draw = Draw(excluded=engine.draw.excluded, keeps_control=engine.draw.keeps_control)
+        shelf = Shelf(engine.stream, stage, length=engine.length, seed=engine.seed, batching=engine.batching)
+        free = shelf.free(draw)
+        available = int((shelf.n_targets if free is None else shelf.n_targets[free]).sum(dtype="int64"))
         order = DataOrder(
             engine.stream,
             {stage: 1.0},
@@ -128,7 +129,7 @@ class MethodContext:
             stage=self.stage.index,
             name=f"{self.method.name}/{name}",
             batching=engine.batching,
-            draw=Draw(excluded=engine.draw.excluded),
+            draw=draw,
         )
         n_found = len(order.start) if engine.batching == "packed" else min(n_rows, len(order.start))
         for first in range(0, n_found, rows_per_batch):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from clbench.errors import ConfigError
 from clbench.method import Context, Method, Need
 from clbench.results.store import RunStore
 from clbench.tracking import plan_of
@@ -88,8 +89,39 @@ def test_no_rows_are_no_request(tmp_path: Path) -> None:
         def end_stage(self, ctx: Context) -> None:
             next(ctx.batches(0, n_rows=1, name="x", rows_per_batch=0))
 
-    with pytest.raises(Exception, match="at least one row"):
+    with pytest.raises(ConfigError, match="at least one row"):
         run_tiny(tmp_path, [Asks()])
+
+
+class Steering(Reader):
+    """Keeps control rows back and asks for every row of a stage."""
+
+    needs = frozenset({*Reader.needs, Need.CONTROL_DATA})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[int] = []
+
+    def end_stage(self, ctx: Context) -> None:
+        rows = [b.inputs_BT[0].tolist() for b in ctx.batches(ctx.stage.index, n_rows=10_000, name="all")]
+        assert len({tuple(row) for row in rows}) == len(rows)
+        self.drawn.append(len(rows))
+
+
+def test_extra_passes_see_each_row_once_and_no_control_rows(tmp_path: Path) -> None:
+    plain, steering = Steering(), Steering()
+    plain.needs = Reader.needs
+    run_tiny(tmp_path / "a", [plain])
+    run_tiny(tmp_path / "b", [steering])
+    assert all(0 < n < m for n, m in zip(steering.drawn, plain.drawn, strict=True))
+    assert all(m - n == min(64, m // 10) for n, m in zip(steering.drawn, plain.drawn, strict=True))
+
+
+def test_a_method_that_keeps_text_is_not_composed_with_deletions(tmp_path: Path) -> None:
+    names = tmp_path / "names.csv"
+    names.write_text("id\nanything\n")
+    with pytest.raises(ConfigError, match="'der' keeps text of its own"):
+        run_tiny(tmp_path, [f"deletions:file={names}", "der"])
 
 
 def summing(rank: int, folder: str) -> None:
