@@ -4,15 +4,24 @@
     python -m benchmarks.methods --trainer                      our loop against transformers.Trainer
     python -m benchmarks.methods --size 135M --device cuda      on a GPU: bf16, rows of 1024 tokens
     python -m benchmarks.methods --clock cpu                    processor seconds: for a machine that is not idle
+    python -m benchmarks.methods --past 5 --method rank1-ewc    with terms of five past stages: the base's and four more
 
 One process, one model, the same batches. A block is a short job of the real loop (``clbench.train.loop.train``, one
 stage of ``--steps`` steps). Blocks of ``sequential`` and of the methods alternate, A B A C A … A; each is divided by
 the mean of the two of ``sequential`` around it. Medians of these paired ratios, with a distribution-free 95 % interval
 (six pairs at least). A first round is for warming up and not counted, nor are the first steps of a block.
 
+The block is stage ``--past``, so that a method has as many past stages to hold, the base's among them. It goes through
+the stages before once, ``--past-steps`` steps each, untimed and through the same loop; every block of it is resumed
+from there, as a killed run would be. ``sequential`` does the same.
+
 step   seconds from the end of a block's first steps to its last, a step: what the seams in the step cost
 stage  seconds of the whole job, a step of its main line, saving left out: also what is done before and after the steps
-       (a teacher's pass over all rows, decay branches, release), so it depends on ``--steps``
+       (a teacher's pass over all rows, a Fisher pass, decay branches, release), so it depends on ``--steps``
+seams  1 + seconds in ``edit_gradients`` and ``after_step`` over the step's other seconds, all in one block: finer than
+       the ratio on a machine that is not idle, but blind to what a method costs elsewhere (caches, ``extra_loss``).
+       CPU only: on an accelerator it would measure launches
+state  bytes of ``state_dict`` at the block's end, in vectors (4 bytes a parameter)
 
 ``sequential`` over itself shows the noise. Against ``Trainer``: the same start, rows, optimizer (our fused AdamW with
 our groups), schedule, clipping and precision; no evaluation, saving, logging or data workers on either side; losses
@@ -34,7 +43,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,12 +57,14 @@ from benchmarks.grid import SCHEDULES, parts_of
 from clbench import registry
 from clbench.base import open_base, open_stream
 from clbench.errors import ClbenchError, ConfigError
-from clbench.method import Composed, Cosine, Stage, StagePlan
+from clbench.method import Composed, Context, Cosine, Method, Stage, StagePlan
 from clbench.registry import load_track
 from clbench.results.store import RunStore
 from clbench.run import plan_stages
 from clbench.stream import Stream
 from clbench.track import ModelSpec, TrainingSpec
+from clbench.train.checkpoint import TrainState
+from clbench.train.ledger import Ledger
 from clbench.train.loop import Job, make_optimizer, train
 from clbench.train.models import copy_weights, load_weights, make_model, weights_of
 from clbench.train.parallel import Hardware, describe, find_device
@@ -79,12 +90,32 @@ METHODS = (
     "adaptive-replay",
     "reuse-ratio",
     "deletions",
+    "rank1-ewc",
+    "rank1-ewc:apply=prox",
+    "ewc",
+    "l2-sp",
+    "si",
+    "mas",
+    "agem",
+    "gem",
+    "der",
+    "proxy-fda",
+    "l2-init",
+    "shrink-perturb",
+    "redo",
+    "continual-backprop",
 )
 LIMITS = {"replay": ("step", 1.01), **{spec.partition(":")[0]: ("step", 1.01) for spec in SCHEDULES}} | {
     "ema": ("step", 1.03),
+    "rank1-ewc": ("step", 1.02),
+    "ewc": ("step", 1.05),
     "lwf": ("stage", 1.40),  # with cached logits the teacher runs before the first step
 }
 """What is expected of a method: which ratio, and how large at most."""
+STATE_LIMITS = {"rank1-ewc": (1.0, 0.0), "ewc": (0.0, 2.0)}
+"""Vectors that a method may keep at most: for each past stage, and besides."""
+STATE_SLACK = 1.001
+"""For the few numbers that stand beside the vectors."""
 TRAINER_LIMITS = {"cpu": 1.0, "cuda": 1.1}
 """How many times as fast as Trainer the loop is expected to be."""
 
@@ -117,15 +148,42 @@ class Block:
     step_seconds: float
     stage_seconds: float
     losses: list[float]
+    seam_seconds: float = 0.0
+    """Of a step, in its two seams."""
+    state_bytes: int = 0
+    """Of the method, after the last step."""
+
+    @property
+    def seams(self) -> float:
+        """What a step takes over what it takes outside of its seams."""
+        return self.step_seconds / (self.step_seconds - self.seam_seconds)
+
+
+class Clocked(Composed):
+    """Methods whose seams in the step are timed."""
+
+    def __init__(self, components: Sequence[Method], clock: Callable[[], float]) -> None:
+        super().__init__(components)
+        self.clock, self.seconds = clock, 0.0
+
+    def each(self, seam: str, contexts: Mapping[int, Context]) -> None:
+        """Call a seam, and add its time where it stands in the step."""
+        if seam not in ("edit_gradients", "after_step"):
+            return super().each(seam, contexts)
+        begun = self.clock()
+        super().each(seam, contexts)
+        self.seconds += self.clock() - begun
 
 
 @dataclass
 class Bench:
-    """One model, one stage of one stream, and a clock."""
+    """One model, one stage of one stream with those before it, and a clock."""
 
     stream: Stream
     model: torch.nn.Module
     training: TrainingSpec
+    past: Sequence[Stage]
+    """The stages before, of few steps; every method goes through them once."""
     stage: Stage
     hardware: Hardware
     folder: Path
@@ -136,6 +194,7 @@ class Bench:
     def __post_init__(self) -> None:
         """Keep what every block starts from."""
         self.start = copy_weights(weights_of(self.model))
+        self.lived: dict[str, TrainState | None] = {}
 
     def now(self) -> float:
         """Return the time once the device has done its work."""
@@ -144,22 +203,50 @@ class Bench:
         return self.clock()
 
     def ours(self, spec: str) -> Block:
-        """Run one block of a method through the loop."""
+        """Run one block of a method through the loop, from where the past stages left it."""
+        if spec not in self.lived:
+            self.lived[spec] = self.live(spec)
         times: list[float] = []
         losses: list[float] = []
+        seams: list[float] = []
+        method = self.method(spec)
+        state_bytes = 0
 
         def progress(stage: Stage, done: int, total: int, loss_nats: float) -> None:
+            nonlocal state_bytes
             times.append(self.now() if done in (self.warm_steps, total) else math.nan)
             losses.append(loss_nats)
+            seams.append(method.seconds)
+            if done == total:
+                state_bytes = sum(t.nbytes for t in method.state_dict()[0].values())
 
+        with without_disk(lambda state: None, self.lived[spec]):
+            begun = self.now()
+            ledger = self.run(method, [self.stage], progress)
+            seconds = self.now() - begun - ledger.seconds.get("checkpoint", 0.0)
+        return Block(self.per_step(times), seconds / self.n_steps, losses, self.per_step(seams), state_bytes)
+
+    def live(self, spec: str) -> TrainState | None:
+        """Take a method through the past stages; returns what a run resumes from, None where there are none."""
+        ends: dict[int, TrainState] = {}
+        with without_disk(lambda state: ends.update({0: state})):
+            if self.past:
+                self.run(self.method(spec), self.past, lambda *_: None)
+        return copied(ends[0]) if ends else None
+
+    def method(self, spec: str) -> Clocked:
+        """Return a method by its words, new."""
+        return Clocked([registry.make_method(part).method for part in parts_of(spec)], self.clock)
+
+    def run(self, method: Composed, stages: Sequence[Stage], progress: Callable[..., None]) -> Ledger:
+        """Train through stages from the start's weights; nothing stays on the disk."""
         load_weights(self.model, self.start)
-        method = Composed([registry.make_method(part).method for part in parts_of(spec)])
         job = Job(
             store=RunStore(self.folder / "run"),
             stream=self.stream,
             model=self.model,
             method=method,
-            stages=[self.stage],
+            stages=stages,
             training=self.training,
             seed=0,
             hardware=self.hardware,
@@ -169,13 +256,11 @@ class Bench:
             checkpoint_seconds=math.inf,
             log_steps=10**9,
         )
-        with unsaved():
-            begun = self.now()
-            ledger = train(job)
-            stage = self.now() - begun - ledger.seconds.get("checkpoint", 0.0)
-        shutil.rmtree(self.folder / "run", ignore_errors=True)
-        self.model.zero_grad(set_to_none=True)
-        return Block(self.per_step(times), stage / self.n_steps, losses)
+        try:
+            return train(job)
+        finally:
+            shutil.rmtree(self.folder / "run", ignore_errors=True)
+            self.model.zero_grad(set_to_none=True)
 
     def per_step(self, times: Sequence[float]) -> float:
         """Return the seconds of a step after the first ones; ``times`` are the ends of all steps."""
@@ -195,10 +280,26 @@ class Bench:
 
 
 @contextmanager
-def unsaved() -> Iterator[None]:
-    """Leave out writing the checkpoint of a stage's end: the disk's time is the same for every method."""
-    with mock.patch("clbench.train.loop.checkpoint.save", lambda *_: None):
+def without_disk(save: Callable[[TrainState], None], resumed: TrainState | None = None) -> Iterator[None]:
+    """Let a run save to a function and find what it is to resume from: the disk's time is the same for every method."""
+    with mock.patch.multiple(
+        "clbench.train.loop.checkpoint",
+        save=lambda folder, state: save(state),
+        load_latest=lambda *_: None if resumed is None else copied(resumed),
+    ):
         yield
+
+
+def copied(state: TrainState) -> TrainState:
+    """Return a state whose tensors are its own, for a run goes on in those it is given; without its past's seconds."""
+    return replace(
+        state,
+        weights=copy_weights(state.weights),
+        optimizer=copy_weights(state.optimizer),
+        method_tensors=copy_weights(state.method_tensors),
+        aside=copy_weights(state.aside),
+        ledger=copy.deepcopy(state.ledger) | {"seconds": {}},
+    )
 
 
 # --- Trainer ----------------------------------------------------------------------------------------------------------
@@ -291,7 +392,7 @@ def check_agreement(ours: Sequence[float], theirs: Sequence[float], tolerance: f
 
 @dataclass
 class Ratio:
-    """Paired ratios of one kind."""
+    """Ratios of one kind, one a pair."""
 
     values: list[float] = field(default_factory=list)
 
@@ -314,9 +415,16 @@ def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float
 
 
 def alternate(
-    a: Callable[[], Block], others: Mapping[str, Callable[[], Block]], repeats: int, say: Callable[[str], None]
+    a: Callable[[], Block],
+    others: Mapping[str, Callable[[], Block]],
+    repeats: int,
+    say: Callable[[str], None],
+    seen: Callable[[str, Block], None] = lambda name, block: None,
 ) -> tuple[dict[str, dict[str, Ratio]], dict[str, str], list[Block]]:
-    """Run A B A C A … ``repeats`` times after one to warm up; returns ratios to A, what failed, and A's blocks."""
+    """Run A B A C A … ``repeats`` times after one to warm up; returns ratios to A, what failed, and A's blocks.
+
+    ``seen`` gets every block of the others that counts.
+    """
     ratios = {name: {"step": Ratio(), "stage": Ratio()} for name in others}
     failed: dict[str, str] = {}
     blocks: list[Block] = []
@@ -334,6 +442,7 @@ def alternate(
             after = a()
             if number:
                 blocks.append(after)
+                seen(name, block)
                 for kind, ratio in ratios[name].items():
                     attribute = f"{kind}_seconds"
                     around = (getattr(before, attribute) + getattr(after, attribute)) / 2
@@ -355,7 +464,7 @@ def verdict(summary: tuple[float, float, float], limit: float) -> str:
 
 
 def make_bench(arguments: argparse.Namespace, folder: Path) -> Bench:
-    """Return the model, the stream's last stage and the clock that were asked for."""
+    """Return the model, the stages and the clock that were asked for."""
     track = load_track(arguments.track)
     stream = open_stream(track)
     hardware = Hardware(find_device(arguments.device), "fp32")
@@ -371,18 +480,22 @@ def make_bench(arguments: argparse.Namespace, folder: Path) -> Bench:
             intermediate_size=size.intermediate,
             n_layers=size.layers,
             n_heads=size.heads,
-            max_length=size.length,
+            max_length=max(size.length, arguments.length or 0),
         )
         model = make_model(spec, vocab_size=size.vocabulary or stream.vocab_size, eos_id=stream.eos_id, seed=0)
         training = training.model_copy(update={"sequence_length": size.length, "batch_rows": size.rows})
-    n_tokens = arguments.steps * training.batch_rows * training.sequence_length
-    training = training.model_copy(update={"n_tokens_per_stage": n_tokens, "micro_batch_rows": None})
-    stage = plan_stages(track.model_copy(update={"training": training}), stream)[-1]
+    rows, length = arguments.rows or training.batch_rows, arguments.length or training.sequence_length
+    training = training.model_copy(update={"sequence_length": length, "batch_rows": rows, "micro_batch_rows": None})
+    stages = plan_stages(track, stream)
+    if arguments.past > len(stages):
+        raise ConfigError(f"--past {arguments.past}: the stream has {len(stages)} stages after the base's")
+    past = [replace(stage, n_tokens=arguments.past_steps * rows * length) for stage in stages[: arguments.past - 1]]
     return Bench(
         stream=stream,
         model=model.to(hardware.device),
         training=training,
-        stage=stage,
+        past=past,
+        stage=replace(stages[arguments.past - 1], n_tokens=arguments.steps * rows * length),
         hardware=hardware,
         folder=folder,
         n_steps=arguments.steps,
@@ -392,17 +505,34 @@ def make_bench(arguments: argparse.Namespace, folder: Path) -> Bench:
 
 
 def compare_methods(bench: Bench, specs: Sequence[str], repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Return the ratios of all methods to sequential."""
+    """Return the ratios of all methods to sequential, and what each keeps."""
     runs = {spec: partial(bench.ours, spec) for spec in dict.fromkeys(specs)}
-    ratios, failed, blocks = alternate(lambda: bench.ours("sequential"), runs, repeats, say)
+    own: dict[str, list[Block]] = {spec: [] for spec in runs}
+    sequential = partial(bench.ours, "sequential")
+    ratios, failed, blocks = alternate(sequential, runs, repeats, say, lambda name, block: own[name].append(block))
+    n_parameters = sum(p.numel() for p in bench.model.parameters())
     found = {}
     for name, kinds in ratios.items():
         entry: dict[str, Any] = {kind: described(ratio) for kind, ratio in kinds.items()}
-        kind, limit = LIMITS.get(parts_of(name)[0].partition(":")[0], ("step", math.nan))
+        if bench.hardware.device.type == "cpu":
+            entry["seams"] = described(Ratio([block.seams for block in own[name]]))
+        state_bytes = own[name][-1].state_bytes
+        entry |= {"state_bytes": state_bytes, "state_vectors": state_bytes / 4 / n_parameters}
+        method = parts_of(name)[0].partition(":")[0]
+        kind, limit = LIMITS.get(method, ("step", math.nan))
         if not math.isnan(limit):
             entry |= {"limit": limit, "judged_by": kind, "verdict": verdict(kinds[kind].summary(), limit)}
+        if method in STATE_LIMITS:
+            entry |= judged_state(method, bench.stage.index, entry["state_vectors"])
         found[name] = entry
     return {"sequential": seconds_of(blocks), "ratios": found, "skipped": failed}
+
+
+def judged_state(method: str, n_past: int, n_vectors: float) -> dict[str, Any]:
+    """Return how many vectors a method may keep, and whether it keeps no more."""
+    each, besides = STATE_LIMITS[method]
+    limit = each * n_past + besides
+    return {"state_limit": limit, "state_verdict": "met" if n_vectors <= limit * STATE_SLACK else "not met"}
 
 
 def compare_trainer(bench: Bench, repeats: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -466,11 +596,18 @@ def print_methods(found: dict[str, Any]) -> None:
     """Print the table of methods."""
     base = found["sequential"]
     print(f"sequential: {base['step_s'] * 1e3:.2f} ms a step; a stage {base['stage_s'] * 1e3:.2f} ms a step")
-    print(f"{'over sequential':28}{'step':24}{'stage':24}pairs  expected")
+    width = max([28, *(len(name) + 2 for name in found["ratios"])])
+    print(f"{'over sequential':{width}}{'step':24}{'stage':24}{'seams':24}{'state':10}pairs  expected")
     for name, entry in found["ratios"].items():
-        limit = f"{entry['judged_by']} at most {entry['limit']:.2f}: {entry['verdict']}" if "limit" in entry else ""
-        pairs = entry["step"]["n_pairs"]
-        print(f"{name:28}{shown(entry['step']):24}{shown(entry['stage']):24}{pairs:5d}  {limit}")
+        expected = (
+            [f"{entry['judged_by']} at most {entry['limit']:.2f}: {entry['verdict']}"] if "limit" in entry else []
+        )
+        if "state_limit" in entry:
+            expected += [f"state at most {entry['state_limit']:.0f} vectors: {entry['state_verdict']}"]
+        seams = shown(entry["seams"]) if "seams" in entry else ""
+        pairs, state = entry["step"]["n_pairs"], f"{entry['state_vectors']:.2f}"
+        figures = f"{shown(entry['step']):24}{shown(entry['stage']):24}{seams:24}{state:10}{pairs:5d}"
+        print(f"{name:{width}}{figures}  {'; '.join(expected)}")
     for name, why in found["skipped"].items():
         print(f"{name:28}skipped: {why}")
 
@@ -499,6 +636,7 @@ def facts_of(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
         "rows": bench.training.batch_rows,
         "length": bench.training.sequence_length,
         "precision": bench.hardware.precision,
+        "past_stages": bench.stage.index,
         "clock": arguments.clock,
         "steps": bench.n_steps,
         "warm_steps": bench.warm_steps,
@@ -543,12 +681,19 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", action="store_true", help="print where the time of our loop goes instead")
     parser.add_argument("--steps", type=int, default=20, help="of a block")
     parser.add_argument("--warm-steps", type=int, default=3, help="of a block that are not counted")
+    parser.add_argument("--past", type=int, default=1, help="past stages that methods hold, the base's among them")
+    parser.add_argument("--past-steps", type=int, default=2, help="of each stage before the block's")
+    parser.add_argument("--rows", type=int, help="of a batch; the track's or the size's by default")
+    parser.add_argument("--length", type=int, help="of a row, in tokens; the track's or the size's by default")
     parser.add_argument("--repeats", type=int, default=9, help="pairs")
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(words)
     if arguments.steps < 2 or arguments.warm_steps < 1 or arguments.repeats < 1:
         parser.error("give at least 2 steps, 1 warm step and 1 repeat")
+    least = (arguments.past, arguments.past_steps, *(n for n in (arguments.rows, arguments.length) if n is not None))
+    if min(least) < 1:
+        parser.error("give at least 1 past stage, past step, row and token")
     torch.set_num_threads(arguments.threads)
     try:
         with tempfile.TemporaryDirectory() as folder:

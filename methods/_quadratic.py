@@ -29,7 +29,7 @@ PARAMS = ("all", "no_embed", "no_norms", "matrices")
 (norms, biases); neither."""
 APPLY = ("coupled", "prox")
 """How it acts: its gradient is added to the loss's before clipping, or a proximal step follows the optimizer's."""
-CHUNK_ELEMENTS_CPU = 2**18
+CHUNK_ELEMENTS_CPU = 2**17
 CHUNK_ELEMENTS_ELSEWHERE = 2**24
 """Elements that are in double precision at a time."""
 
@@ -132,11 +132,14 @@ def dots(vectors: Sequence[torch.Tensor], other: torch.Tensor, parts: Sequence[s
     """
     size = CHUNK_ELEMENTS_CPU if other.device.type == "cpu" else CHUNK_ELEMENTS_ELSEWHERE
     sums = torch.zeros(len(vectors), len(parts), dtype=torch.float64, device=other.device)
+    # Two buffers for all chunks: new memory for each would cost more than the products.
+    lefts, rights = torch.empty(2, min(size, len(other)), dtype=torch.float64, device=other.device)
     for i_part, part in enumerate(parts):
         for first in range(part.start, part.stop, size):
             chunk = slice(first, min(first + size, part.stop))
-            right = other[chunk].double()
-            sums[:, i_part] += torch.stack([vector[chunk].double() @ right for vector in vectors])
+            left, right = lefts[: chunk.stop - first], rights[: chunk.stop - first].copy_(other[chunk])
+            for k, vector in enumerate(vectors):
+                sums[k, i_part] += torch.dot(left.copy_(vector[chunk]), right)
     return sums
 
 

@@ -22,6 +22,7 @@ COMMANDS = [
     "report",
     "slices",
     "ledger",
+    "fisher",
     "facts",
     "arms",
     "stream",

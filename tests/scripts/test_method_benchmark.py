@@ -86,3 +86,31 @@ def test_a_round_of_methods_through_the_loop(short: list[str], capsys: pytest.Ca
     found = json.loads(capsys.readouterr().out)["methods"]
     assert set(found["ratios"]) == {"replay", "sequential"} and "unknown method" in found["skipped"]["nonsense"]
     assert found["ratios"]["replay"]["limit"] == 1.01 and found["sequential"]["step_s"] > 0
+
+
+def test_a_method_holds_its_past_stages_in_the_block(short: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("rank1-ewc:rows=4,rows_per_batch=1", "ewc:rows=4", "l2-sp", "sequential")
+    words = [*[word for name in names for word in ("--method", name)], "--past-steps", "1", "--rows", "2"]
+    vectors = {}
+    for n_past in (1, 2):
+        assert methods.main([*short, *words, "--past", str(n_past)]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["facts"]["past_stages"] == n_past and found["facts"]["rows"] == 2
+        vectors[n_past] = [found["methods"]["ratios"][name]["state_vectors"] for name in names]
+        # Each has a seam to go through, but for the last.
+        seams = [found["methods"]["ratios"][name]["seams"]["median"] for name in names]
+        assert min(seams[:3]) > 1 > seams[3] - 0.01
+    # Research notes: one vector for each past stage; two in all; the base is kept anyway; nothing.
+    assert vectors[1] == pytest.approx([1, 2, 0, 0], rel=0.02)
+    assert vectors[2] == pytest.approx([2, 2, 0, 0], rel=0.02)
+
+
+def test_more_past_stages_than_the_stream_has_are_refused(short: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert methods.main([*short, "--past", "99"]) == 2
+    assert "the stream has" in capsys.readouterr().err
+
+
+def test_the_vectors_of_a_state_are_judged() -> None:
+    assert methods.judged_state("rank1-ewc", 5, 5.0001) == {"state_limit": 5, "state_verdict": "met"}
+    assert methods.judged_state("rank1-ewc", 4, 5.0)["state_verdict"] == "not met"
+    assert methods.judged_state("ewc", 5, 2.5) == {"state_limit": 2, "state_verdict": "not met"}
