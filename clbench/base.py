@@ -1,4 +1,7 @@
-"""Bases: the checkpoint that every method of a track starts from, made once from stage 0 and shared by all runs."""
+"""Bases: the checkpoint that every method of a track starts from, made once and shared by all runs.
+
+One is trained on stage 0, or it is a pretrained model that ``clbench.pretrained`` brought here.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,18 @@ from typing import Any
 
 import torch
 
-from clbench import build, console, registry
-from clbench.errors import IntegrityError, NotFoundError
-from clbench.files import digest_of, exclusive, read_json, remove_leftovers, write_json
+from clbench import build, console, pretrained, registry
+from clbench.errors import ConfigError, IntegrityError, NotFoundError
+from clbench.files import (
+    atomic_folder,
+    digest_of,
+    exclusive,
+    link_or_copy,
+    read_json,
+    remove_leftovers,
+    sha256_file,
+    write_json,
+)
 from clbench.home import bases_folder
 from clbench.method import Composed, Method, Need, Stage, StagePlan
 from clbench.results.store import RunStore
@@ -125,23 +137,14 @@ def open_base(track: Track, stream: Stream, hardware: Hardware) -> Base:
 
 
 def make_base(track: Track, stream: Stream, hardware: Hardware) -> Base:
-    """Make the base of a track from stage 0, or return it when it is there; goes on after a kill."""
+    """Make the base of a track, or return it when it is there; goes on after a kill."""
     folder = base_folder(track, stream, hardware.precision)
     with exclusive(folder, mend="wait until it has made the base"):
         if (folder / "base.json").is_file():
             return Base(folder, read_json(folder / "base.json"))
         remove_leftovers(folder)
-        model, ledger, n_steps = train_from_scratch(
-            track,
-            before_the_first_stage(stream),
-            hardware,
-            work=folder / "work",
-            title=f"base of {track.name}",
-            mixture={0: 1.0},
-            n_tokens=track.base.n_tokens,
-            seed=track.base.seed,
-        )
-        save_model(model, weights_of(model), folder / "model", tokenizer_folder=stream.tokenizer_folder)
+        make = _base_from_scratch if track.base.pretrained is None else _base_from_pretrained
+        model, ledger, n_steps = make(track, stream, hardware, folder)
         facts = {
             "track": track.name,
             "base_sha256": track.base_sha256(),
@@ -151,9 +154,72 @@ def make_base(track: Track, stream: Stream, hardware: Hardware) -> Base:
             "n_steps": n_steps,
             "ledger": ledger.as_dict(),
         }
+        if track.base.pretrained is not None:
+            facts["pretrained"] = track.base.pretrained
         write_json(folder / "base.json", facts)
         shutil.rmtree(folder / "work" / "checkpoints", ignore_errors=True)
         return Base(folder, facts)
+
+
+def _base_from_scratch(
+    track: Track, stream: Stream, hardware: Hardware, folder: Path
+) -> tuple[torch.nn.Module, Ledger, int]:
+    """Train the base on stage 0 and save it; returns (model, bill, steps)."""
+    model, ledger, n_steps = train_from_scratch(
+        track,
+        before_the_first_stage(stream),
+        hardware,
+        work=folder / "work",
+        title=f"base of {track.name}",
+        mixture={0: 1.0},
+        n_tokens=track.base.n_tokens,
+        seed=track.base.seed,
+    )
+    save_model(model, weights_of(model), folder / "model", tokenizer_folder=stream.tokenizer_folder)
+    return model, ledger, n_steps
+
+
+def _base_from_pretrained(
+    track: Track, stream: Stream, hardware: Hardware, folder: Path
+) -> tuple[torch.nn.Module, Ledger, int]:
+    """Lay a prepared model's files out as a base, with as many positions as the track uses; nothing is trained.
+
+    Raises:
+        NotFoundError: the model is not prepared.
+        ConfigError: the stream was tokenised with another tokenizer, or the model has fewer positions.
+    """
+    prepared = pretrained.open_model(str(track.base.pretrained))
+    tokenizer = prepared.folder / "tokenizer.json"
+    if sha256_file(tokenizer) != stream.manifest["tokenizer"]["sha256"]:
+        raise ConfigError(
+            f"stream {stream.name!r} was not tokenised with the tokenizer of {prepared.name!r}",
+            where=f"track {track.name}",
+            mend=f"build it from a specification with `tokenizer: {pretrained.PREFIX}{prepared.name}`",
+        )
+    config = read_json(prepared.folder / "config.json")
+    positions = config["max_position_embeddings"]
+    wanted = track.base.max_length or positions
+    if max(wanted, track.training.sequence_length) > positions:
+        raise ConfigError(
+            f"model {prepared.name!r} has {positions} positions",
+            where=f"track {track.name}",
+            mend="shorten base.max_length and training.sequence_length",
+        )
+    with atomic_folder(folder / "model") as temporary:
+        for file in prepared.facts["files"].keys() - {"config.json"}:
+            link_or_copy(prepared.folder / file, temporary / file)
+        write_json(temporary / "config.json", {**config, "max_position_embeddings": wanted})
+    return load_model(folder / "model").eval(), Ledger(), 0
+
+
+def check_recipe(track: Track) -> None:
+    """Raise ConfigError for a track whose base was pretrained elsewhere: there is no recipe to train an oracle with."""
+    if track.model is None:
+        raise ConfigError(
+            f"its base is {track.base.pretrained}, pretrained elsewhere: it has no oracle",
+            where=f"track {track.name}",
+            mend="take a track that trains its own base",
+        )
 
 
 def before_the_first_stage(stream: Stream) -> Stream:
@@ -178,6 +244,7 @@ def train_from_scratch(
 
     ``work`` holds its checkpoints: a killed training goes on from there.
     """
+    assert track.model is not None, "callers check with `check_recipe`"
     index = max(mixture)
     stage = Stage(
         index=index,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clbench import console, derive, home, packing, registry, workers
+from clbench import console, derive, home, packing, pretrained, registry, workers
 from clbench.derive import StreamTransform
 from clbench.duplicates import PARAMETERS
 from clbench.encoding import encode_batches
@@ -111,12 +111,14 @@ def build_stream(source: StreamSource, *, progress: bool = True, n_workers: int 
 
 
 def _inputs(source: StreamSource, *, progress: bool, n_workers: int | None) -> list[Stream]:
-    """Build the streams that a source is made of: a transform's inputs; another stream's tokenizer."""
+    """Build the streams that a source is made of: a transform's inputs; another stream's or a model's tokenizer."""
     build = partial(build_stream, progress=progress, n_workers=n_workers)
     if isinstance(source, StreamTransform):
         return [build(registry.make_stream_source(target)) for target in source.sources()]
     if (lender := _tokenizer_lender(source)) is not None:
         build(lender)
+    elif (model := _pretrained(source)) is not None:
+        pretrained.prepare_model(model)
     return []
 
 
@@ -124,6 +126,12 @@ def _tokenizer_lender(source: StreamSource) -> StreamSource | None:
     """Return the stream whose tokenizer a source uses, if it says ``stream:NAME``."""
     kind, _, target = (source.tokenizer or "").partition(":")
     return registry.make_stream_source(target) if kind == "stream" else None
+
+
+def _pretrained(source: StreamSource) -> str | None:
+    """Return the pretrained model whose tokenizer a source uses, if it says ``model:NAME``."""
+    found = source.tokenizer or ""
+    return found.removeprefix(pretrained.PREFIX) if found.startswith(pretrained.PREFIX) else None
 
 
 @contextmanager
@@ -196,13 +204,15 @@ def _settings(source: StreamSource) -> dict[str, Any]:
 
 
 def _tokenizer_identity(source: StreamSource) -> str:
-    """Return what decides a tokenizer that is not trained here: its stream's address, or its file's digest."""
+    """Return what decides a tokenizer that is not trained here: the address of what lends it, or its file's digest."""
     if (lender := _tokenizer_lender(source)) is not None:
         return _address(lender)
+    if (model := _pretrained(source)) is not None:
+        return pretrained.pin(model).sha256_of_source()
     path = Path(str(source.tokenizer)).expanduser() / "tokenizer.json"
     if not path.is_file():
         raise NotFoundError(
-            f"tokenizer {source.tokenizer!r} is neither `stream:NAME` nor a folder with a tokenizer.json",
+            f"tokenizer {source.tokenizer!r} is neither `stream:NAME`, `model:NAME` nor a folder with a tokenizer.json",
             where=source.name,
             mend="save it with save_pretrained and name the folder",
         )
@@ -370,6 +380,9 @@ def _make_tokenizer(source: StreamSource, first: StageSplit, folder: Path) -> To
     if (lender := _tokenizer_lender(source)) is not None:
         packing.copy_tokenizer(Stream(stream_folder(lender)).tokenizer_folder, folder)
         kind = f"that of stream {lender.name}"
+    elif (model := _pretrained(source)) is not None:
+        packing.copy_tokenizer(pretrained.open_model(model).folder, folder)
+        kind = f"that of model {model}"
     elif source.tokenizer is not None:
         packing.copy_tokenizer(Path(source.tokenizer).expanduser(), folder)
         kind = f"the one in {Path(source.tokenizer).name}"

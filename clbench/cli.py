@@ -117,7 +117,8 @@ def _root(
 @app.command()
 def prepare(
     targets: Annotated[
-        list[str] | None, typer.Argument(help="Tracks (stream and base) or streams.", show_default=NANO)
+        list[str] | None,
+        typer.Argument(help="Tracks (stream and base), streams or pretrained models.", show_default=NANO),
     ] = None,
     device: DeviceOption = "auto",
     workers: Annotated[
@@ -127,7 +128,8 @@ def prepare(
 ) -> None:
     """Fetch, build and train what a track needs: the only command that uses the network.
 
-    A stream may be NAME:option=value,option=value or a YAML specification, see `clbench list streams`.
+    A stream may be NAME:option=value,option=value or a YAML specification, see `clbench list streams`. A pretrained
+    model is model:NAME.
     """
     from clbench import prepare as preparing
 

@@ -93,7 +93,7 @@ def build_own(
     vocab_size: Annotated[
         int | None, typer.Option(help="Of the tokenizer trained on stage 0.", show_default="4096")
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Another one: stream:NAME, or a folder.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Another one: stream:NAME, model:NAME, or a folder.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the specification here, too.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="The guessed columns are right.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Give the name to this stream if it has another.")] = False,

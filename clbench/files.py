@@ -149,6 +149,14 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no hard links; neither is written to later."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files and folders that a killed process left in ``folder`` (hold its lock)."""
     for path in folder.glob(".*.tmp"):

@@ -41,6 +41,11 @@ def bases_folder() -> Path:
     return home() / "bases"
 
 
+def models_folder() -> Path:
+    """Pretrained models that ``clbench prepare model:NAME`` converted, one folder per name and digest."""
+    return home() / "models"
+
+
 def cells_folder() -> Path:
     """Measured cells, addressed by (weights, suite, data)."""
     return home() / "cells"

@@ -18,7 +18,7 @@ import yaml
 from numpy.typing import NDArray
 
 from clbench import cells, console, registry
-from clbench.base import before_the_first_stage, make_base, open_stream, train_from_scratch
+from clbench.base import before_the_first_stage, check_recipe, make_base, open_stream, train_from_scratch
 from clbench.files import digest_of, exclusive, read_json, remove_leftovers, write_json, write_text
 from clbench.home import bases_folder
 from clbench.results.matrix import Unit, from_rows
@@ -44,6 +44,7 @@ def train_oracle(name: str, *, seeds: Sequence[int], device: str = "auto", write
     base's. Returns ``stream_sha256``, ``oracle`` and ``row0`` (measured on the base of this machine).
     """
     track = registry.load_track(name)
+    check_recipe(track)
     stream = open_stream(track)
     hardware = hardware_for(track, stream, device)
     base = make_base(track, stream, hardware)
@@ -95,6 +96,7 @@ def make_oracle(track: Track, stream: Stream, hardware: Hardware, *, cutoff: int
     tokens as a run has seen by then (TiC-LM), and cannot read what comes later. That of stage 0 is a base of another
     seed; with the base's own seed it is the base.
     """
+    check_recipe(track)
     if cutoff == 0 and seed == track.base.seed:
         base = make_base(track, stream, hardware)
         return Oracle(base.folder, Ledger.from_dict(base.facts["ledger"]))

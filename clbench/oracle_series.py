@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clbench import console, registry
-from clbench.base import make_base, open_stream
+from clbench.base import check_recipe, make_base, open_stream
 from clbench.build import stream_folder
 from clbench.errors import ClbenchError
 from clbench.files import exclusive
@@ -48,6 +48,7 @@ def compute_table(track: Track, cutoffs: Sequence[int], *, continual_tokens: int
     Raises:
         ConfigError: a cutoff cannot be used.
     """
+    check_recipe(track)
     infos = stages_of(track)
     plan = plan_series(
         cutoffs,
@@ -78,6 +79,7 @@ def run_series(track: Track, *, cutoffs: Sequence[int], seed: int, place: Place)
         ConfigError: a cutoff cannot be used, or the folder holds another run.
         BusyError: another process works on this run.
     """
+    check_recipe(track)
     stream = open_stream(track)
     n_stages = len(stream.stages())
     chosen = check_cutoffs(cutoffs, n_stages)

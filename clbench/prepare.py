@@ -1,30 +1,35 @@
-"""Prepare a track or a stream: fetch, build, make the base. After it, everything works with the network off."""
+"""Prepare a track, a stream or a pretrained model: fetch, build, make the base.
+
+After it, everything works with the network off.
+"""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
-from clbench import build, console, registry
+from clbench import build, console, pretrained, registry
 from clbench.errors import NotFoundError, did_you_mean
 from clbench.stream import Stream
 
 
 def prepare(target: str, *, device: str = "auto", n_workers: int | None = None) -> dict[str, Any]:
-    """Prepare a track (its stream and its base) or only a stream; returns what was made and where.
+    """Prepare a track (its stream and its base), only a stream, or a pretrained model; returns what was made and where.
 
     Args:
-        target: a track or a stream, by name, specification or file.
+        target: a track or a stream, by name, specification or file; ``model:NAME`` for a pretrained model.
         device: that trains the base.
         n_workers: processes that build a stream; None: as fit this machine.
 
     Raises:
-        NotFoundError: the name is neither a track nor a stream.
+        NotFoundError: the name is none of these.
         OfflineError: files are missing from the cache and no network answers.
         IntegrityError: a file is not what its manifest pins.
     """
     start = time.perf_counter()
-    if registry.canonical(target) in registry.track_names():
+    if target.startswith(pretrained.PREFIX):
+        made: dict[str, Any] = {"model": _prepare_model(target.removeprefix(pretrained.PREFIX))}
+    elif registry.canonical(target) in registry.track_names():
         made = _prepare_track(target, device, n_workers)
     elif registry.is_stream(target):
         stream = build.build_stream(registry.make_stream_source(target), n_workers=n_workers)
@@ -32,7 +37,8 @@ def prepare(target: str, *, device: str = "auto", n_workers: int | None = None) 
     elif target.endswith((".yaml", ".yml")):
         made = _prepare_track(target, device, n_workers)
     else:
-        known = {*registry.track_names(), *registry.stream_names()}
+        models = {f"{pretrained.PREFIX}{name}" for name in pretrained.pins()}
+        known = {*registry.track_names(), *registry.stream_names(), *models}
         raise NotFoundError(f"unknown track or stream {target!r}", mend=did_you_mean(target, known))
     made["seconds"] = round(time.perf_counter() - start, 1)
     console.say(f"{target} is ready ({made['seconds']} s)")
@@ -47,9 +53,8 @@ def _prepare_track(target: str, device: str, n_workers: int | None) -> dict[str,
 
     check_stream(track, stream)
     hardware = hardware_for(track, stream, device)
-    console.say(
-        f"base of {track.name}: {track.base.n_tokens:,} tokens of stage 0, {hardware.precision} on {hardware.device}"
-    )
+    origin = f"{track.base.n_tokens:,} tokens of stage 0" if track.model is not None else track.base.pretrained
+    console.say(f"base of {track.name}: {origin}, {hardware.precision} on {hardware.device}")
     base = make_base(track, stream, hardware)
     return {
         "track": track.name,
@@ -57,6 +62,15 @@ def _prepare_track(target: str, device: str, n_workers: int | None) -> dict[str,
         "base": {"folder": str(base.folder), "weights_sha256": base.weights_sha256},
         "precision": hardware.precision,
     }
+
+
+def _prepare_model(name: str) -> dict[str, Any]:
+    model = pretrained.prepare_model(name)
+    told = {key: model.facts[key] for key in ("title", "licence", "n_parameters", "dtype", "tensors_sha256")}
+    console.say(
+        f"model {name}: {told['n_parameters']:,} parameters in {told['dtype']}, {told['licence']}, {model.folder}"
+    )
+    return {"name": name, "folder": str(model.folder), **told}
 
 
 def _about(stream: Stream) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import clbench
-from clbench import console, registry, seeds
+from clbench import console, pretrained, registry, seeds
 from clbench.base import Base, open_base, open_stream
 from clbench.errors import ClbenchError, ConfigError
 from clbench.files import exclusive, remove_leftovers
@@ -29,6 +29,7 @@ from clbench.stream import Stream
 from clbench.track import RunConfig, Track, run_id_of
 from clbench.train.ledger import Ledger
 from clbench.train.loop import Job, train
+from clbench.train.models import load_model, make_model
 from clbench.train.parallel import Hardware, choose_precision, describe, find_device
 
 if TYPE_CHECKING:
@@ -59,7 +60,15 @@ def run_folder(runs_root: Path, track: Track, label: str, seed: int) -> Path:
 def hardware_for(track: Track, stream: Stream, device: str) -> Hardware:
     """Return device and precision for a track on this machine."""
     found = find_device(device)
-    return Hardware(found, choose_precision(found, track.model, track.training, stream.vocab_size))
+    spec, n_ids = track.model, stream.vocab_size
+
+    def make() -> torch.nn.Module:
+        if spec is not None:
+            return make_model(spec, vocab_size=n_ids, eos_id=0, seed=0)
+        return load_model(pretrained.open_model(str(track.base.pretrained)).folder)
+
+    shape = list(spec.model_dump().values()) if spec is not None else [track.base.pretrained]
+    return Hardware(found, choose_precision(found, track.training, shape=shape, vocab_size=n_ids, make=make))
 
 
 def execute(track: Track, components: Sequence[Component], *, seed: int, place: Place) -> RunStore:

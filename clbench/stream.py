@@ -92,7 +92,8 @@ class StreamSource(ABC):
     vocab_size: int = 4096
     """Of the byte-level BPE that is trained on stage 0."""
     tokenizer: str | None = None
-    """A tokenizer to use instead: ``stream:NAME`` (that of another built stream), or a folder with tokenizer.json."""
+    """A tokenizer to use instead: ``stream:NAME`` (that of another built stream), ``model:NAME`` (a pretrained
+    model's, see ``clbench prepare``), or a folder with tokenizer.json."""
     recipe: Mapping[str, Any] | None = None
     """What the registry made this source from, so that worker processes can make it again; None: no workers."""
 

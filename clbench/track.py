@@ -42,12 +42,38 @@ class ModelSpec(_Frozen):
 
 
 class BaseSpec(_Frozen):
-    """How the base is made from stage 0."""
+    """Where the base comes from: trained on stage 0 (tokens, learning rate, warm-up), or pretrained elsewhere."""
 
-    n_tokens: int = Field(gt=0)
-    learning_rate: float = Field(gt=0)
-    warmup_steps: int = Field(ge=0)
+    n_tokens: int = Field(default=0, ge=0)
+    learning_rate: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     seed: int = 0
+    pretrained: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")
+    """A model that ``clbench prepare model:NAME`` makes; the stream's tokenizer must be its own."""
+    max_length: int | None = Field(default=None, gt=1)
+    """Of a pretrained model: the positions that are used, all its own if None; see ``ModelSpec.max_length``."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> BaseSpec:
+        if self.pretrained is None:
+            missing = {"n_tokens", "learning_rate", "warmup_steps"} - self.model_fields_set
+            if missing or not self.n_tokens or not self.learning_rate:
+                raise ValueError(
+                    "a base that is trained here needs n_tokens and learning_rate above 0, and warmup_steps"
+                )
+            if self.max_length is not None:
+                raise ValueError(
+                    "max_length is for pretrained models; of a base that is trained here it stands in model"
+                )
+        elif extra := sorted(self.model_fields_set - {"pretrained", "max_length"}):
+            raise ValueError(f"a pretrained base is not trained here: leave out {', '.join(extra)}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _of_this_origin(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = dump(self)
+        pretrained = {"pretrained", "max_length"}
+        return {k: v for k, v in values.items() if (k in pretrained) == (self.pretrained is not None)}
 
 
 class TrainingSpec(_Frozen):
@@ -123,7 +149,8 @@ class Track(_Frozen):
     stream: str
     stream_sha256: str | None = None
     """Digest of the built stream; None while a track is being designed."""
-    model: ModelSpec
+    model: ModelSpec | None = None
+    """What is trained from scratch; None where the base is a pretrained model."""
     base: BaseSpec
     training: TrainingSpec
     suites: list[str] = Field(min_length=1)
@@ -135,8 +162,11 @@ class Track(_Frozen):
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Track:
-        if self.training.sequence_length > self.model.max_length:
-            raise ValueError("training.sequence_length is larger than model.max_length")
+        if (self.model is None) == (self.base.pretrained is None):
+            raise ValueError("give either model, for a base that is trained here, or base.pretrained")
+        spec, place = (self.base, "base") if self.model is None else (self.model, "model")
+        if spec.max_length is not None and self.training.sequence_length > spec.max_length:
+            raise ValueError(f"training.sequence_length is larger than {place}.max_length")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds are repeated")
         return self
@@ -147,6 +177,8 @@ class Track(_Frozen):
 
     def base_sha256(self) -> str:
         """Return the digest of what decides the base besides the built stream: model, recipe, optimizer settings."""
+        if self.base.pretrained is not None:
+            return digest_of({"base": self.base.model_dump(mode="json")})
         training = self.training.model_dump(mode="json", exclude=BASE_INDEPENDENT)
         parts = self.model_dump(mode="json", include={"model", "base"})
         return digest_of({"training": training, **parts})

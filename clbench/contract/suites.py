@@ -49,6 +49,7 @@ class SuiteCase:
         suite = registry.load_class("suites", spec)
         if suite.example is not None:
             stream = build_stream(registry.make_stream_source(suite.example), progress=False)
+            assert lab.track.model is not None  # tinydocs trains its base
             base = make_model(lab.track.model, vocab_size=stream.vocab_size, eos_id=stream.eos_id, seed=0)
             lab = dataclasses.replace(lab, stream=stream, base=base)
         return cls(lab, spec, lambda options: suite(lab.stream, options))

@@ -7,6 +7,7 @@ import ctypes
 import platform
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 from clbench.errors import ConfigError
 from clbench.files import exclusive, read_json, write_json
 from clbench.home import home
-from clbench.track import ModelSpec, TrainingSpec
+from clbench.track import TrainingSpec
 
 GAIN_TO_SWITCH = 1.1
 """bf16 autocast is used when it is at least this many times faster: below that its rounding buys nothing."""
+LONG_STEP_SECONDS = 5.0
+"""Where one precision takes so long and twice as long as the other, its first step decides: warm-up is little of it."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,24 @@ def describe(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def choose_precision(device: torch.device, spec: ModelSpec, training: TrainingSpec, vocab_size: int) -> str:
+def choose_precision(
+    device: torch.device,
+    training: TrainingSpec,
+    *,
+    shape: Sequence[object],
+    vocab_size: int,
+    make: Callable[[], torch.nn.Module],
+) -> str:
     """Return the precision of a track on this device; ``auto`` is measured once per machine and recorded.
 
     The record is ``precision.json`` in the cache folder; delete it to measure again.
+
+    Args:
+        device: that computes.
+        training: whose precision, batch and length are meant.
+        shape: what tells one model from another in the record.
+        vocab_size: token ids.
+        make: returns a model of that shape; only called to measure.
     """
     if training.precision != "auto":
         return training.precision
@@ -98,7 +115,7 @@ def choose_precision(device: torch.device, spec: ModelSpec, training: TrainingSp
             describe(device),
             platform.processor() or platform.machine(),
             torch.__version__,
-            *(str(value) for value in spec.model_dump().values()),
+            *map(str, shape),
             str(vocab_size),
             str(training.batch_rows),
             str(training.sequence_length),
@@ -108,7 +125,7 @@ def choose_precision(device: torch.device, spec: ModelSpec, training: TrainingSp
     with exclusive(home() / "precision.d", mend="wait for it", timeout_seconds=120):
         records: dict[str, Any] = read_json(path) if path.is_file() else {}
         if key not in records:
-            seconds = measure_precisions(device, spec, training, vocab_size)
+            seconds = measure_precisions(device, make(), training, vocab_size)
             gain = seconds["fp32"] / seconds["bf16"]
             records[key] = {
                 "precision": "bf16" if gain >= GAIN_TO_SWITCH else "fp32",
@@ -120,15 +137,13 @@ def choose_precision(device: torch.device, spec: ModelSpec, training: TrainingSp
 
 
 def measure_precisions(
-    device: torch.device, spec: ModelSpec, training: TrainingSpec, vocab_size: int, n_steps: int = 3
+    device: torch.device, model: torch.nn.Module, training: TrainingSpec, vocab_size: int, n_steps: int = 3
 ) -> dict[str, float]:
     """Return the median seconds of a training step in fp32 and under bf16 autocast, after one warm-up each.
 
     On a CPU two rows suffice: without bf16 instructions a step takes ten times as long, and this would, too.
     """
-    from clbench.train.models import make_model
-
-    model = make_model(spec, vocab_size=vocab_size, eos_id=0, seed=0).to(device)
+    model = model.to(device)
     rows = training.micro_batch_rows or training.batch_rows
     shape = (rows if device.type != "cpu" else min(2, rows), training.sequence_length)
     tokens_BT = torch.arange(shape[0] * shape[1], device=device).reshape(shape) % vocab_size
@@ -144,7 +159,10 @@ def measure_precisions(
                 torch.cuda.synchronize(device)
             measured.append(time.perf_counter() - start)
             model.zero_grad(set_to_none=True)
-    return {precision: statistics.median(measured[1:]) for precision, measured in times.items()}
+        slowest, fastest = (choose(measured[-1] for measured in times.values()) for choose in (max, min))
+        if slowest > max(LONG_STEP_SECONDS, 2 * fastest):
+            break
+    return {precision: statistics.median(measured[1:] or measured) for precision, measured in times.items()}
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
