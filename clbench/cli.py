@@ -19,6 +19,7 @@ from clbench.cli_arms import arms
 from clbench.cli_facts import facts
 from clbench.cli_fisher import fisher
 from clbench.cli_ledger import ledger, show_series_plan
+from clbench.cli_merge import merge
 from clbench.cli_results import slices
 from clbench.cli_stream import stream_app
 from clbench.errors import ClbenchError, ConfigError
@@ -39,7 +40,7 @@ app = typer.Typer(
 )
 leaderboard_app = typer.Typer(help="Build the leaderboard page, pack and verify submissions.", no_args_is_help=True)
 mlflow_app = typer.Typer(help="Rebuild what MLflow shows from run folders.", no_args_is_help=True)
-for results_command in (slices, facts, arms, ledger, fisher):
+for results_command in (slices, facts, arms, ledger, fisher, merge):
     app.command()(results_command)
 app.add_typer(stream_app, name="stream")
 app.add_typer(leaderboard_app, name="leaderboard")

@@ -23,6 +23,7 @@ COMMANDS = [
     "slices",
     "ledger",
     "fisher",
+    "merge",
     "facts",
     "arms",
     "stream",

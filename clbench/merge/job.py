@@ -1,0 +1,582 @@
+"""What ``clbench merge`` does, from two folders and two texts to a chosen model, its report and its bill.
+
+Checks come first, then scores, then the search; the model, its plan, ``points.json`` and ``report.html`` appear
+together or not at all. How points are searched stands in ``search``, what they are in ``families``.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from clbench.errors import ConfigError, NotFoundError
+from clbench.files import atomic_folder, digest_of, read_json, sha256_file, write_json, write_text
+from clbench.home import home
+from clbench.merge import search
+from clbench.merge.evaluate import SIDES, Bench, LossJudge, Side, Text, draw, load_tokenizer, read_text
+from clbench.merge.execute import Sources, merge_folder, remove_stale
+from clbench.merge.families import METHODS, TUNED, Family, Restoring, Spot
+from clbench.merge.families import Path as PathFamily
+from clbench.merge.front import Point, cost_reduction, front
+from clbench.merge.outcome import Standing, Yardstick
+from clbench.merge.plan import to_mergekit_yaml
+from clbench.merge.scores import Granularity, Scorer, Spectra, TensorScore, flops_of
+from clbench.merge.select import CHOICES, freeze_list, order_units, write_freeze_list
+from clbench.merge.tensors import (
+    TensorSource,
+    check_compatible,
+    layout_sha256,
+    open_source,
+    tensor_sha256,
+    tokenizer_sha256,
+)
+from clbench.results.metrics import Value
+from clbench.train.parallel import find_device
+
+if TYPE_CHECKING:
+    from clbench.merge.impact import Impact
+    from clbench.merge.search import Desk, Measured
+
+MAX_WINDOW = 1024
+"""Tokens in a window of the evaluation, at most."""
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is wanted; paths are as the user gave them."""
+
+    base: Path
+    tuned: Path
+    method: str = "spear-mm"
+    domain: str | None = None
+    general: str | None = None
+    keep: float = 0.95
+    out: Path | None = None
+    q: float | None = None
+    s: float | None = None
+    n_evaluations: int = 16
+    n_tokens: int = 20_000
+    text_column: str = "text"
+    controls: bool = False
+    impact: bool = False
+    choose: str = "spear"
+    granularity: Granularity = "layer"
+    strengths: tuple[float, ...] = search.STRENGTHS
+    interp: str = "slerp"
+    embeddings: bool = False
+    moments: Path | None = None
+    ledger: Path | None = None
+    seed: int = 0
+    device: str = "auto"
+    mergekit: Path | None = None
+    freeze: Path | None = None
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether one point is asked for, and no search."""
+        return self.s is not None
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether anything can be measured."""
+        return self.domain is not None
+
+    def check(self) -> None:
+        """Refuse what does not hold together, before a file is read.
+
+        Raises:
+            ConfigError: what, and how to mend it.
+        """
+        if self.method not in METHODS:
+            raise ConfigError(f"there is no method {self.method!r}", mend=f"give {', '.join(METHODS)}")
+        if not 0 < self.keep <= 1:
+            raise ConfigError(f"--keep {self.keep:g} is no share", mend="give more than 0 and at most 1, such as 0.95")
+        self._check_point()
+        if (self.domain is None) != (self.general is None):
+            raise ConfigError("one text is not enough", mend="give both --domain and --general")
+        if not (self.has_texts or self.is_fixed):
+            raise ConfigError("a search needs text to measure on", mend="give --domain and --general, or a fixed -s")
+        if (self.controls or self.impact) and not self.has_texts:
+            raise ConfigError("controls are measured", mend="give --domain and --general")
+        if self.out is not None and (self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir()))):
+            raise ConfigError("there is something already", where=self.out, mend="choose another --out")
+        self._check_method()
+
+    def _check_point(self) -> None:
+        if (self.q is not None and self.s is None) or (self.s is not None and self._has_units and self.q is None):
+            raise ConfigError("a fixed point of spear-mm is -q and -s", mend="give both")
+        if self.q is not None and not self._has_units:
+            raise ConfigError(f"{self.method} has no q", mend="give -s alone")
+        for name, value in (("-q", self.q), ("-s", self.s), *(("--strength", one) for one in self.strengths)):
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"{name} {value:g} is no share", mend="give a number from 0 to 1")
+
+    @property
+    def _has_units(self) -> bool:
+        return self.method == "spear-mm"
+
+    def _check_method(self) -> None:
+        if self.choose not in CHOICES:
+            raise ConfigError(f"order {self.choose!r} is unknown", mend=f"give {', '.join(CHOICES)}")
+        if self.granularity not in ("layer", "module", "tensor") or self.interp not in ("slerp", "lerp"):
+            raise ConfigError("granularity is layer, module or tensor, interp slerp or lerp", mend="choose one of them")
+        if not self._has_units and (self.freeze or self.impact):
+            raise ConfigError("freeze lists and impacts are of spear-mm's units", mend="give --method spear-mm")
+        if self.mergekit and self.method in ("dg-hard", "graft", "dare"):
+            raise ConfigError(f"mergekit has no {self.method} like ours", mend="leave out --export-mergekit")
+        if self.method == "graft" and self.moments is None:
+            raise ConfigError("graft needs Adam's second moments", mend="give --moments STATE/optimizer.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retraining:
+    """What training the tuned model cost."""
+
+    flops: float
+    seconds: float
+    n_tokens: int
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What was found."""
+
+    options: Options
+    sources: Sources
+    weights: dict[str, str]
+    """Digests of base and tuned."""
+    family: Family
+    chosen: Spot | None = None
+    why: str = ""
+    """One line: what was chosen, or why nothing was."""
+    scores: list[TensorScore]
+    scores_bill: dict[str, float]
+    texts: dict[str, Text]
+    yardstick: Yardstick | None = None
+    desk: Desk | None = None
+    walked: list[Measured] = field(default_factory=list)
+    controls: list[tuple[Spot, Measured]] = field(default_factory=list)
+    impacts: list[Impact] = field(default_factory=list)
+    agreements: dict[str, Value] = field(default_factory=dict)
+    exhausted: bool = False
+    retraining: Retraining | None = None
+    standings: dict[str, Standing] = field(default_factory=dict)
+    """Digest of the plan -> where it stands."""
+
+    def points(self) -> list[dict[str, Any]]:
+        """Return base, tuned and all points of the walk, then the controls, as JSON-able values."""
+        found = [self._point(one.spot, one) for one in self._ends()]
+        found += [self._point(one.spot, one) for one in self.walked if one.role == "walk"]
+        found += [{**self._point(spot, one), "role": "control"} for spot, one in self.controls]
+        walked = [p for p in found if p["role"] != "control"]
+        sound = [p for p in walked if p["standing"]["domain"]["value"] is not None]
+        best = {p.what for p in front([_place(point) for point in sound])}
+        for point in found:
+            point["front"] = point["role"] != "control" and point["plan_sha256"] in best
+            chosen = self.chosen is not None and point["plan_sha256"] == self.chosen.plan.sha256
+            point["chosen"] = chosen and point["role"] != "control"
+        return found
+
+    def _ends(self) -> list[Measured]:
+        return [one for one in self.desk.found.values() if one.role == "end"] if self.desk else []
+
+    def _point(self, spot: Spot, one: Measured) -> dict[str, Any]:
+        spent = self._spent(one)
+        reduction = {
+            unit: _number(cost_reduction(spent[unit], getattr(self.retraining, unit)).value)
+            if self.retraining
+            else None
+            for unit in ("flops", "seconds")
+        }
+        return {
+            "label": spot.label,
+            "role": one.role,
+            **{key: value for key, value in spot.about.items() if key in ("q", "s")},
+            "plan_sha256": spot.plan.sha256,
+            "standing": self.standings[spot.plan.sha256].as_dict(),
+            "cost": spent,
+            "cost_reduction": reduction,
+        }
+
+    def _spent(self, one: Measured) -> dict[str, float]:
+        """Return the cost of a point: its own, and an equal share of the scores."""
+        n = max(1, len(self.walked))
+        return {
+            unit: math.fsum(getattr(one, unit).values()) + self.scores_bill[unit] / n for unit in ("flops", "seconds")
+        }
+
+    def bill(self) -> dict[str, Any]:
+        """Return the cost of scores, search and controls, beside that of retraining."""
+        groups = {"search": ("end", "walk"), "controls": ("control",), "impact": ("impact",)}
+        found: dict[str, Any] = {"scores": self.scores_bill}
+        found |= {name: self.desk.bill(roles) for name, roles in groups.items()} if self.desk else {}  # type: ignore[arg-type]
+        whole = {}
+        for unit in ("flops", "seconds"):
+            whole[unit] = self.scores_bill[unit] + math.fsum(found["search"][unit].values()) if self.desk else 0.0
+        found["search_total"] = whole
+        found["measured_now"] = self.desk.n_fresh if self.desk else 0
+        if self.retraining is not None and self.walked:
+            found["retraining"] = vars(self.retraining)
+            n = len([one for one in self.walked if one.role == "walk"])
+            found["n_points"] = n
+            for unit in ("flops", "seconds"):
+                per_point = cost_reduction(whole[unit], n * getattr(self.retraining, unit))
+                found[f"cost_reduction_{unit}"] = _number(per_point.value)
+        return found
+
+    def layers(self) -> list[dict[str, Any]]:
+        """Return every unit with its score, its strength and what restoring it alone does."""
+        if not isinstance(self.family, Restoring):
+            return []
+        order, chosen = self.family.order, self.chosen.about if self.chosen else {}
+        alone = {impact.unit: impact for impact in self.impacts}
+        return [
+            {
+                "unit": unit,
+                "place": order.units.index(unit) + 1,
+                "score": order.scores.get(unit),
+                "n_parameters": order.sizes[unit],
+                "strength": chosen.get("s", 0.0) if unit in chosen.get("units", ()) else 0.0,
+                "general_gain": alone[unit].general_gain if unit in alone else None,
+                "domain_cost": alone[unit].domain_cost if unit in alone else None,
+            }
+            for unit in order.sizes
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return ``points.json``."""
+        yardstick = self.yardstick
+        return {
+            "format": FORMAT,
+            "method": self.options.method,
+            "models": {"base": self.sources.base.name, "tuned": self.sources.tuned.name},
+            "keep": None if self.options.is_fixed else self.options.keep,
+            "chosen": self.chosen.label if self.chosen else None,
+            "plan_sha256": self.chosen.plan.sha256 if self.chosen else None,
+            "why": self.why,
+            "restores_outside_blocks": isinstance(self.family, Restoring) and self.family.outside,
+            "texts": {side: _about(text) for side, text in self.texts.items()},
+            "domain_gain": None
+            if yardstick is None
+            else {
+                "value": _number(yardstick.gain.value),
+                "standard_error": yardstick.gain_error,
+                "reason": yardstick.gain.reason,
+            },
+            "points": self.points() if self.desk else [],
+            "layers": self.layers(),
+            "agreement": {by: {"rho": _number(v.value), "reason": v.reason} for by, v in self.agreements.items()},
+            "search_was_cut_short": self.exhausted,
+            "bill": self.bill(),
+        }
+
+
+def _place(point: dict[str, Any]) -> Point[str]:
+    standing = point["standing"]
+    return Point(standing["general"]["value"], standing["domain"]["value"], point["plan_sha256"])
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _about(text: Text) -> dict[str, Any]:
+    return {
+        "name": Path(text.name).name,
+        "documents": len(text.ids),
+        "of": text.n_found,
+        "tokens": text.n_tokens,
+        "sha256": text.sha256,
+    }
+
+
+# --- the job
+
+
+def prepare(options: Options) -> tuple[Result, Any]:
+    """Check, read and score; returns a result without measurements, and the tokenizer.
+
+    Raises:
+        ConfigError, NotFoundError, IntegrityError: an input that is missing, damaged or does not fit.
+    """
+    options.check()
+    sources = open_models(options)
+    found = {side: read_text(place, side, column=options.text_column) for side, place in _texts(options)}
+    tokenizer = load_tokenizer(options.tuned) if found else None
+    texts: dict[str, Text] = {side: draw(text, tokenizer, options.n_tokens) for side, text in found.items()}
+    weights = {role: _weights_sha256(model) for role, model in (("base", sources.base), ("tuned", sources.tuned))}
+    scores, bill = score(options, sources, weights["base"])
+    result = Result(
+        options=options,
+        sources=sources,
+        weights=weights,
+        family=family_of(options, sources, scores),
+        scores=scores,
+        scores_bill=bill,
+        texts=texts,
+        retraining=retraining_of(options),
+    )
+    if options.mergekit:
+        _mergekit(options, sources, result.family.spot(0.5 if options.method == "spear-mm" else None, 0.5))
+    return result, tokenizer
+
+
+def merge(options: Options, *, tell: search.Report | None = None) -> Result:
+    """Prepare, search and measure; nothing is written but what is kept in the cache folder."""
+    result, tokenizer = prepare(options)
+    if result.texts:
+        _measure(result, tokenizer, tell)
+    else:
+        result.chosen = result.family.spot(options.q, options.s or 0.0)
+        result.why = f"{result.chosen.label}, as asked; nothing was measured"
+    return result
+
+
+def _texts(options: Options) -> Iterator[tuple[Side, str]]:
+    for side in SIDES:
+        if (place := getattr(options, side)) is not None:
+            yield side, place
+
+
+def open_models(options: Options) -> Sources:
+    """Return the opened models, checked against each other.
+
+    Raises:
+        ConfigError, NotFoundError, IntegrityError: see ``tensors``.
+    """
+    for place in (options.base, options.tuned):
+        if not place.is_dir():
+            raise NotFoundError("model folder is missing", where=place, mend="give a Hugging Face folder")
+    tuned = open_source(options.tuned, f"tuned {options.tuned.resolve().name}")
+    base = open_source(options.base, f"base {options.base.resolve().name}")
+    moments = open_source(options.moments, "moments") if options.moments else None
+    sources = Sources(tuned=tuned, base=base, moments=moments)
+    check_compatible(sources.models)
+    return sources
+
+
+def score(options: Options, sources: Sources, base_sha256: str) -> tuple[list[TensorScore], dict[str, float]]:
+    """Return the scores of all tensors, and their bill; the base's spectra are kept."""
+    start = time.perf_counter()
+    spectral = options.method == "spear-mm"
+    spectra = Spectra(home() / "merges" / f"spectra-{base_sha256[:24]}.safetensors")
+    scorer = Scorer(spectral=spectral, spectra=spectra if spectral else Spectra())
+
+    def pairs() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        for name, info in sources.tuned.layout.items():
+            if info.is_merged:
+                yield name, sources.base.read(name), sources.tuned.read(name)
+                for model in sources.models:
+                    model.done(name)
+
+    found = scorer.score(pairs())
+    if spectral:
+        spectra.save()
+    layout = sources.tuned.layout
+    flops = math.fsum(
+        flops_of(layout[one.name].shape) * (2 if one.moved else 1) for one in found if one.spectral is not None
+    )
+    return found, {"flops": flops, "seconds": time.perf_counter() - start}
+
+
+def _weights_sha256(source: TensorSource) -> str:
+    return layout_sha256(source, {name: tensor_sha256(source.read(name)) for name in source.layout})
+
+
+def family_of(options: Options, sources: Sources, scores: list[TensorScore]) -> Family:
+    """Return what is searched."""
+    if options.method != "spear-mm":
+        return PathFamily(options.method, sources, seed=options.seed)
+    order = order_units(scores, by=options.choose, granularity=options.granularity, seed=options.seed)
+    dimensions = {name: len(info.shape) for name, info in sources.tuned.layout.items() if info.is_merged}
+    return Restoring(
+        order, dimensions, interp=options.interp, outside=options.embeddings, granularity=options.granularity
+    )
+
+
+def retraining_of(options: Options) -> Retraining | None:
+    """Return what training the tuned model cost, from the ledger of its run, where there is one.
+
+    A run's release of stage k lies in ``RUN/release/stage-k``; its training took the stages up to k.
+
+    Raises:
+        NotFoundError, IntegrityError: a ledger that was named is missing or broken.
+    """
+    folder = options.tuned.resolve()
+    guess = folder.parents[1] / "ledger.json" if folder.parent.name == "release" else None
+    path = options.ledger or guess
+    if path is None or (options.ledger is None and not path.is_file()):
+        return None
+    ledger = read_json(path)
+    last = folder.name.removeprefix("stage-")
+    stage = int(last) if folder.parent.name == "release" and last.isdecimal() else None
+    try:
+        tokens = {int(k): sum(by_source.values()) for k, by_source in ledger["tokens"].items()}
+        n_tokens = sum(n for k, n in tokens.items() if stage is None or k <= stage)
+        share = n_tokens / sum(tokens.values())
+        extra = {"flops": dict(ledger["flops"]), "seconds": {"train": ledger["seconds"]["train"]}}
+        extra["flops"].pop("evaluate", None)
+        flops, seconds = (share * math.fsum(extra[unit].values()) for unit in ("flops", "seconds"))
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError):
+        raise ConfigError("this is no ledger of a run", where=path, mend="give --ledger RUN/ledger.json") from None
+    return Retraining(flops=flops, seconds=seconds, n_tokens=n_tokens)
+
+
+def open_desk(result: Result, tokenizer: Any, tell: search.Report | None) -> Desk:
+    """Return what measures; the model is loaded when something has to be measured."""
+    options, sources = result.options, result.sources
+    length = sources.tuned.config.get("max_position_embeddings")
+    window = min(MAX_WINDOW, int(length)) if isinstance(length, int) else MAX_WINDOW
+    judge = LossJudge(result.texts["general"], result.texts["domain"], tokenizer, max_length=window)
+    device = find_device(options.device)
+    parts = [
+        result.weights,
+        digest_of(sources.tuned.config),
+        tokenizer_sha256(options.tuned),
+        sha256_file(options.moments) if options.moments else None,
+        device.type,
+    ]
+    return search.Desk(
+        sources,
+        judge,
+        lambda: Bench(sources, device, tokenizer),
+        address=digest_of(parts),
+        folder=home() / "merges",
+        tell=tell,
+    )
+
+
+def _measure(result: Result, tokenizer: Any, tell: search.Report | None) -> None:
+    """Search, then measure controls and impacts."""
+    options, desk = result.options, open_desk(result, tokenizer, tell)
+    result.desk = desk
+    walk = search.Walk(
+        desk=desk,
+        family=result.family,
+        keep=options.keep,
+        n_evaluations=options.n_evaluations,
+        strengths=options.strengths,
+    )
+    result.yardstick = walk.yardstick
+    if options.is_fixed:
+        result.chosen = result.family.spot(options.q, options.s or 0.0)
+        walk.walked.append(desk.measure(result.chosen, "walk"))
+    else:
+        found = walk.run()
+        result.chosen = found.spot if found else None
+    result.walked, result.exhausted = walk.walked, walk.exhausted
+    if options.controls and result.chosen is not None and result.chosen.plan != TUNED.plan:
+        spots = search.controls(result.family, result.chosen, result.scores, result.sources, seed=options.seed)
+        result.controls = [(spot, desk.measure(spot, "control")) for spot in spots]
+    if options.impact and isinstance(result.family, Restoring):
+        result.impacts = search.impacts(desk, result.family, walk.yardstick)
+        result.agreements = search.agreements(result.impacts, result.scores, result.family)
+    everything = list(desk.found.items())
+    standings = walk.yardstick.standings([one.rows for _, one in everything], keep=options.keep)
+    result.standings = {key: standing for (key, _), standing in zip(everything, standings, strict=True)}
+    result.why = _why(result)
+
+
+def _why(result: Result) -> str:
+    """Return one line about the choice."""
+    options, yardstick = result.options, result.yardstick
+    assert yardstick is not None
+    if result.chosen is not None:
+        standing = result.standings[result.chosen.plan.sha256]
+        figures = (
+            f"general retention {percent(standing.general.value)}, domain gain kept {percent(standing.domain.value)}"
+        )
+        if options.is_fixed:
+            return f"{result.chosen.label}, as asked: {figures}"
+        note = "; the evaluations did not suffice to bracket it, raise --evaluations" if result.exhausted else ""
+        own = result.chosen.plan == TUNED.plan
+        return f"{'the tuned model itself, no merge is needed' if own else result.chosen.label}: {figures}{note}"
+    if yardstick.gain.reason is not None:
+        return f"there is no domain gain to keep: {yardstick.gain.reason}"
+    gaining = [one for one in result.walked if yardstick.kept_gain(one.rows).value > 0]
+    best = max(gaining, key=lambda one: yardstick.retention(one.rows))
+    standing = result.standings[best.spot.plan.sha256]
+    least = f"{percent(options.keep)} of the base's general score"
+    what = f"{percent(standing.general.value)} ({best.spot.label}, domain gain kept {percent(standing.domain.value)})"
+    hints = ["a lower --keep"]
+    if result.exhausted:
+        hints.append("more --evaluations")
+    hints += ["--embeddings"] if options.method == "spear-mm" and not options.embeddings else []
+    hints += ["--method wise-ft"] if options.method != "wise-ft" else []
+    return f"nothing keeps {least} and any domain gain: the most is {what}; try {' or '.join(hints)}"
+
+
+def percent(value: float) -> str:
+    """Return a share for people."""
+    return f"{100 * value:.1f} %" if math.isfinite(value) else "undefined"
+
+
+# --- writing
+
+
+def write(result: Result, *, report: Path | None = None, progress: Callable[[int, int], None] | None = None) -> None:
+    """Write the chosen model with its plan, points and report, whole or not at all; then what else was asked for.
+
+    Raises:
+        ClbenchError: the disk is full or the place forbidden; nothing is half-written.
+    """
+    from clbench.merge.report import page
+
+    options, chosen = result.options, result.chosen
+    if chosen is None:
+        raise ValueError("nothing was chosen")
+    text = page(result) if report is not None or options.out is not None else ""
+    if options.out is not None:
+        remove_stale(options.out)
+        with atomic_folder(options.out) as temporary:
+            merge_folder(chosen.plan, result.sources, temporary / "model", progress=progress)
+            for file in sorted((temporary / "model").iterdir()):
+                shutil.move(file, temporary / file.name)
+            (temporary / "model").rmdir()
+            write_json(temporary / "points.json", result.as_dict())
+            write_text(temporary / "report.html", text)
+    if report is not None:
+        write_text(report, text)
+    if options.mergekit:
+        write_text(options.mergekit, _mergekit(options, result.sources, chosen))
+    if options.freeze:
+        names = list(result.sources.tuned.layout)
+        about = {"method": options.method, "choose": options.choose, "q": chosen.about["q"]}
+        write_freeze_list(options.freeze, freeze_list(names, chosen.about["units"], **about))
+
+
+def _mergekit(options: Options, sources: Sources, spot: Spot) -> str:
+    dimensions = {name: len(info.shape) for name, info in sources.tuned.layout.items()}
+    return to_mergekit_yaml(spot.plan, dimensions, tuned=str(options.tuned), base=str(options.base), lerp_as_slerp=True)
+
+
+# --- what it would cost
+
+
+def forecast(options: Options) -> dict[str, Any]:
+    """Check and score everything, measure nothing: the order of the units, and the most that a search would cost."""
+    result, tokenizer = prepare(options)
+    family, texts = result.family, result.texts
+    found: dict[str, Any] = {"method": options.method, "layers": result.layers(), "scores": result.scores_bill}
+    n = 1 if options.is_fixed else options.n_evaluations
+    found["evaluations"] = {"ends": 2, "walk": n, "controls": 10 if options.controls else 0} if texts else {}
+    if options.impact and isinstance(family, Restoring):
+        found["evaluations"]["impact"] = len(family.order.units)
+    if texts:
+        desk = open_desk(result, tokenizer, None)
+        bench = Bench(result.sources, find_device(options.device), tokenizer)
+        tokens, flops = desk.judge.cost(bench.checkpoint(bench.model, TUNED.plan))
+        total = sum(found["evaluations"].values())
+        found |= {"texts": {side: _about(text) for side, text in texts.items()}}
+        found["at_most"] = {"evaluations": total, "tokens": total * tokens, "flops": total * flops}
+    if result.retraining is not None:
+        found["retraining"] = vars(result.retraining)
+    return found
