@@ -303,7 +303,7 @@ def test_another_streams_tokenizer_is_used_as_it_is(parted: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ({}, "neither `stream:NAME` nor a folder"),
+        ({}, "neither `stream:NAME`, `model:NAME` nor a folder"),
         ({"tokenizer.json": "{"}, "not a tokenizer"),
         ({"tokenizer.json": '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}'}, "ends a text"),
     ],
