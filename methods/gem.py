@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from clbench.errors import ConfigError
-from clbench.method import Context, Method, Need, Weights
-from clbench.methods._memory import Memory, add, at_least, gradient, local_gradients, reached, some
-from clbench.methods._projection import Opposition, cosine, gram, nearest
+from clbench.method import Context
+from clbench.methods._memory import add, gradient, local_gradients, reached, some
+from clbench.methods._opposed import Opposed
+from clbench.methods._projection import cosine, gram, nearest
 
 
-class Gem(Method):
+class Gem(Opposed):
     """Train on the z nearest to g with ``G z >= 0`` (Lopez-Paz & Ranzato 2017, arXiv 1706.08840, equations 8 to 11).
 
     A row of G is the gradient of the mean loss on ``rows`` rows of one past stage's memory, drawn anew each step. Only
@@ -20,7 +20,7 @@ class Gem(Method):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Options:
+    class Options(Opposed.Options):
         """Options of gem."""
 
         rows: int = 4
@@ -29,28 +29,12 @@ class Gem(Method):
         """Least weight of every memory gradient where a constraint is violated (the authors' 0.5); 0: nearest z."""
         ridge: float = 1e-3
         """Added to the quadratic's diagonal, in units of the memory gradients' mean squared norm."""
-        memory_rows: int = 256
-        """Rows kept of each past stage, drawn when a stage begins."""
-        stage_0: bool = True
-        """Whether the text that the base has seen is past text."""
-        micro_rows: int = 8
-        """Rows of one extra pass at most: memory against time."""
-
-    needs = frozenset({Need.PAST_DATA, Need.STAGE_BOUNDARIES})
 
     def __init__(self, options: Options | None = None) -> None:
         super().__init__(options)
         o = self.options
-        at_least("gem", 1, rows=o.rows, memory_rows=o.memory_rows, micro_rows=o.micro_rows)
         if not all(math.isfinite(value) and value >= 0 for value in (o.margin, o.ridge)):
             raise ConfigError(f"gem:margin={o.margin},ridge={o.ridge}", mend="give numbers of at least 0")
-        self.memory = Memory(o.memory_rows, stage_0=o.stage_0)
-        self.opposition = Opposition()
-
-    def begin_stage(self, ctx: Context) -> None:
-        """Begin to count, and draw another memory."""
-        self.memory.forget()
-        self.opposition = Opposition()
 
     def edit_gradients(self, ctx: Context) -> None:
         """Move the gradient to the nearest one that raises no past stage's loss."""
@@ -70,16 +54,3 @@ class Gem(Method):
                 nearest(dots[1:, 1:], dots[0, 1:], margin=o.margin, ridge=o.ridge), memories, strict=True
             ):
                 add(g, memory, float(weight))
-
-    def end_stage(self, ctx: Context) -> None:
-        """Note how often past and present were opposed; the cosine is the mean over past stages."""
-        self.opposition.note(ctx)
-
-    def state_dict(self) -> tuple[Weights, dict[str, Any]]:
-        """Return the counts; the memory is drawn again."""
-        return {}, self.opposition.as_dict()
-
-    def load_state_dict(self, tensors: Weights, values: dict[str, Any]) -> None:
-        """Take them back."""
-        self.memory.forget()
-        self.opposition = Opposition.from_dict(values)

@@ -125,3 +125,22 @@ def test_a_workflow_trusts_nothing_that_it_need_not(path: Path) -> None:
         assert job["timeout-minutes"] <= 60
         for step in job["steps"]:
             assert "${{" not in step.get("run", ""), f"{path}: {step['run']!r} puts an expression in a script"
+
+
+def test_every_method_named_with_options_can_be_made() -> None:
+    from clbench import registry
+    from clbench.errors import ClbenchError
+
+    n_made, wrong = 0, []
+    for path in PAGES:
+        for line in re.findall(r"clbench run [^\n`#]*", read(path)):
+            for spec in re.findall(r"(?:-m|--method) ([a-z][\w:=/.,+-]*)", line):
+                if "file=" in spec or ".py" in spec or spec.endswith(("=", ":")):
+                    continue  # a file of the reader's, or a placeholder
+                try:
+                    registry.make_method(spec)
+                    n_made += 1
+                except ClbenchError as error:
+                    wrong.append(f"{path}: {spec}: {error}")
+    assert wrong == []
+    assert n_made > 50
