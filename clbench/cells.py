@@ -17,7 +17,7 @@ from clbench.errors import IntegrityError, NotFoundError
 from clbench.files import digest_of, read_json, write_json
 from clbench.home import cells_folder
 from clbench.results.store import ROWS_SCHEMA, read_rows, write_rows
-from clbench.suite import Checkpoint, Rows, Suite
+from clbench.suite import WHOLE, Checkpoint, Rows, Suite
 
 FORMAT = 1
 
@@ -33,7 +33,7 @@ class Cell:
     cached: bool
 
 
-def address_of(suite: Suite, checkpoint: Checkpoint) -> str:
+def address_of(suite: Suite, checkpoint: Checkpoint, shard: str = WHOLE) -> str:
     """Return the address of a measurement: everything that its values depend on."""
     parts = {
         "format": FORMAT,
@@ -41,14 +41,34 @@ def address_of(suite: Suite, checkpoint: Checkpoint) -> str:
         "tokenizer": checkpoint.tokenizer_sha256,
         "precision": str(checkpoint.autocast_dtype),
         "suite": suite.sha256(),
-        "data": suite.data_sha256(),
+        "data": suite.shard_sha256(shard),
+        **({"shard": shard} if shard != WHOLE else {}),
     }
     return digest_of(parts)
 
 
 def measure(suite: Suite, checkpoint: Checkpoint) -> Cell:
-    """Return the cell of a checkpoint under a suite, from the cache or measured now."""
-    address = address_of(suite, checkpoint)
+    """Return what a checkpoint has under a suite, each shard from the cache or measured now, as one."""
+    found = [measure_shard(suite, checkpoint, shard) for shard in suite.shards()]
+    if len(found) == 1:
+        return found[0]
+    return Cell(
+        digest_of([cell.address for cell in found]),
+        pa.concat_tables([cell.rows for cell in found]),
+        sum(cell.flops for cell in found),
+        sum(cell.seconds for cell in found),
+        cached=all(cell.cached for cell in found),
+    )
+
+
+def is_there(suite: Suite, checkpoint: Checkpoint, shard: str = WHOLE) -> bool:
+    """Say whether a shard of a checkpoint is in the cache."""
+    return _paths(address_of(suite, checkpoint, shard))[1].is_file()
+
+
+def measure_shard(suite: Suite, checkpoint: Checkpoint, shard: str = WHOLE) -> Cell:
+    """Return the cell of a checkpoint under a shard of a suite, from the cache or measured now."""
+    address = address_of(suite, checkpoint, shard)
     rows_path, cost_path = _paths(address)
     if cost_path.is_file():
         try:
@@ -57,10 +77,10 @@ def measure(suite: Suite, checkpoint: Checkpoint) -> Cell:
         except (IntegrityError, NotFoundError, KeyError, TypeError):
             cost_path.unlink(missing_ok=True)
     start = time.perf_counter()
-    rows = table_of(suite.measure(checkpoint))
-    seconds, flops = time.perf_counter() - start, suite.flops(checkpoint)
+    rows = table_of(suite.measure_shard(checkpoint, shard))
+    seconds, flops = time.perf_counter() - start, suite.shard_flops(checkpoint, shard)
     write_rows(rows_path, rows)
-    write_json(cost_path, {"suite": suite.name, "flops": flops, "seconds": seconds})
+    write_json(cost_path, {"suite": suite.name, "shard": shard, "flops": flops, "seconds": seconds})
     return Cell(address, rows, flops, seconds, cached=False)
 
 

@@ -85,7 +85,7 @@ def run_series(track: Track, *, cutoffs: Sequence[int], seed: int, place: Place)
     chosen = check_cutoffs(cutoffs, n_stages)
     hardware = hardware_for(track, stream, place.device)
     for name in track.suites:
-        registry.load_class("suites", name)
+        registry.suite_class(name)
     base = make_base(track, stream, hardware)
     label = label_of_series(chosen, n_stages)
     method = {"label": label, "components": [{"name": LABEL, "target": "", "options": {"cutoffs": chosen}}]}

@@ -1,4 +1,4 @@
-"""Prepare a track, a stream or a pretrained model: fetch, build, make the base.
+"""Prepare a track, a stream, a pretrained model or what suites measure on: fetch, build, make the base.
 
 After it, everything works with the network off.
 """
@@ -12,12 +12,16 @@ from clbench import build, console, pretrained, registry
 from clbench.errors import NotFoundError, did_you_mean
 from clbench.stream import Stream
 
+EVALS = "evals"
+SUITE = "suite:"
+
 
 def prepare(target: str, *, device: str = "auto", n_workers: int | None = None) -> dict[str, Any]:
-    """Prepare a track (its stream and its base), only a stream, or a pretrained model; returns what was made and where.
+    """Prepare a track (its stream and its base), a stream, a pretrained model or a suite; returns what was made.
 
     Args:
-        target: a track or a stream, by name, specification or file; ``model:NAME`` for a pretrained model.
+        target: a track or a stream, by name, specification or file; ``model:NAME`` for a pretrained model;
+            ``suite:NAME`` for the files that a suite measures on, ``evals`` for those of all suites.
         device: that trains the base.
         n_workers: processes that build a stream; None: as fit this machine.
 
@@ -29,6 +33,8 @@ def prepare(target: str, *, device: str = "auto", n_workers: int | None = None) 
     start = time.perf_counter()
     if target.startswith(pretrained.PREFIX):
         made: dict[str, Any] = {"model": _prepare_model(target.removeprefix(pretrained.PREFIX))}
+    elif target == EVALS or target.startswith(SUITE):
+        made = {"suites": _prepare_suites(target)}
     elif registry.canonical(target) in registry.track_names():
         made = _prepare_track(target, device, n_workers)
     elif registry.is_stream(target):
@@ -38,7 +44,7 @@ def prepare(target: str, *, device: str = "auto", n_workers: int | None = None) 
         made = _prepare_track(target, device, n_workers)
     else:
         models = {f"{pretrained.PREFIX}{name}" for name in pretrained.pins()}
-        known = {*registry.track_names(), *registry.stream_names(), *models}
+        known = {*registry.track_names(), *registry.stream_names(), *models, EVALS}
         raise NotFoundError(f"unknown track or stream {target!r}", mend=did_you_mean(target, known))
     made["seconds"] = round(time.perf_counter() - start, 1)
     console.say(f"{target} is ready ({made['seconds']} s)")
@@ -71,6 +77,18 @@ def _prepare_model(name: str) -> dict[str, Any]:
         f"model {name}: {told['n_parameters']:,} parameters in {told['dtype']}, {told['licence']}, {model.folder}"
     )
     return {"name": name, "folder": str(model.folder), **told}
+
+
+def _prepare_suites(target: str) -> dict[str, Any]:
+    specs = registry.names("suites") if target == EVALS else [target.removeprefix(SUITE)]
+    found = {}
+    for spec in specs:
+        suite, options = registry.suite_class(spec)
+        if made := suite.prepare(options):
+            found[spec] = made
+        elif target != EVALS:
+            console.say(f"suite {spec} needs nothing beyond its stream")
+    return found
 
 
 def _about(stream: Stream) -> dict[str, Any]:

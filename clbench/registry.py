@@ -311,10 +311,22 @@ def is_stream(target: str) -> bool:
     return canonical(name) in stream_names() or "." in name or "/" in name
 
 
-def make_suite(name: str, stream: Any) -> Suite:
-    """Return a suite by name, file path or ``module:Class``, with its default options."""
-    suite: Suite = load_class("suites", name)(stream)
-    return suite
+def suite_class(spec: str) -> tuple[type[Suite], Any]:
+    """Return the class and the checked options of ``NAME``, ``FILE.py[:Class]`` or ``module:Class``, with options.
+
+    Raises:
+        NotFoundError: unknown name.
+        ConfigError: unknown option, or a value of the wrong type.
+    """
+    target, given = _split(spec, "suite")
+    cls = load_class("suites", target)
+    return cls, _options("suites", cls, given, where=spec)
+
+
+def make_suite(spec: str, stream: Any = None) -> Suite:
+    """Return a suite as ``suite_class`` reads it; the stream may be missing where the suite needs none."""
+    cls, options = suite_class(spec)
+    return cls(stream, options)
 
 
 def tool(module: str) -> ModuleType:

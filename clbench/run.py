@@ -84,7 +84,7 @@ def execute(track: Track, components: Sequence[Component], *, seed: int, place: 
     hardware = hardware_for(track, stream, place.device)
     base = open_base(track, stream, hardware)
     for suite_name in track.suites:
-        registry.load_class("suites", suite_name)
+        registry.suite_class(suite_name)
     composed = Composed([component.method for component in components])
     for stage in plan_stages(track, stream, seed)[:1]:
         composed.plan(stage)  # components that cannot be composed are refused before anything is written
