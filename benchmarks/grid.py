@@ -6,6 +6,7 @@
 
 Without ``--spec`` and ``--set`` it runs the set ``schedules``: every schedule x {no replay, 1/2, 1/t}. Seed 0 of
 everything comes first. Every run is a process of one thread with its own log, ``RUNS/logs/TRACK/METHOD-seed-N.log``.
+With ``--fork`` runs start from a process that has imported everything, which saves each of them some seconds.
 Runs that are done are left alone, unfinished ones go on from their last checkpoint, failed ones are tried again by the
 next start. What the runs say is for ``benchmarks.orderings``. A composition is written with `` + `` between methods.
 """
@@ -120,12 +121,73 @@ def done_tasks(folder: Path) -> set[tuple[tuple[str, ...], int]]:
     return found
 
 
+class Forked:
+    """A run in a fork of this process, as ``subprocess.Popen`` has it; before it, this process must start no thread."""
+
+    def __init__(self, words: Sequence[str], output: int) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 70
+            try:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                os.dup2(output, 1)
+                os.dup2(output, 2)
+                sys.argv = ["clbench", *words]
+                code = run_cli()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self) -> int:
+        """Wait for its end."""
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+    def terminate(self) -> None:
+        """Ask it to stop."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+
+def run_cli() -> int:
+    """Run the command line of ``sys.argv`` in this process; returns its exit code."""
+    from clbench.cli import main as clbench_main
+
+    try:
+        clbench_main()
+    except SystemExit as stopped:
+        return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+    return 0
+
+
+def import_all() -> None:
+    """Import what every run imports."""
+    import torch
+    from transformers import LlamaForCausalLM  # noqa: F401
+
+    import clbench.run  # noqa: F401
+
+    torch.set_num_threads(1)
+    os.environ.update(SINGLE_THREAD)
+
+
 @dataclass
 class Running:
     """A run in progress."""
 
     task: Task
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     log: Path
     file: IO[bytes]
     started: float
@@ -141,6 +203,7 @@ class Grid:
     jobs: int
     device: str
     threads: int
+    fork: bool = False
 
     def run(self, tasks: Sequence[Task]) -> list[Task]:
         """Run all tasks; returns those that failed."""
@@ -171,11 +234,17 @@ class Grid:
         """Start one run."""
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"{task.slug}.log"
-        words = [sys.executable, "-m", "clbench", *task.words(self.track, self.runs, self.device)]
+        words = task.words(self.track, self.runs, self.device)
         file = log.open("ab")
+        if self.fork:
+            return Running(task, Forked(words, file.fileno()), log, file, time.monotonic())
         threads = {name: str(self.threads) if value == "1" else value for name, value in SINGLE_THREAD.items()}
         process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **threads}
+            [sys.executable, "-m", "clbench", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **threads},
         )
         return Running(task, process, log, file, time.monotonic())
 
@@ -212,6 +281,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda …")
     parser.add_argument("--list", action="store_true", help="print the commands of what is missing and stop")
+    parser.add_argument("--fork", action="store_true", help="start runs from a process that has imported everything")
     arguments = parser.parse_args(words)
     try:
         track = load_track(arguments.track)
@@ -230,7 +300,13 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     signal.signal(signal.SIGTERM, _interrupt)
     logs = arguments.runs / "logs" / track.name
-    grid = Grid(arguments.track, arguments.runs, logs, max(1, arguments.jobs), arguments.device, arguments.threads)
+    if arguments.fork:
+        if arguments.threads != 1 or arguments.device != "cpu" or os.environ.get("OMP_NUM_THREADS") != "1":
+            print("error: --fork is for CPU runs of one thread; set OMP_NUM_THREADS=1", file=sys.stderr)
+            return 2
+        import_all()
+    jobs = max(1, arguments.jobs)
+    grid = Grid(arguments.track, arguments.runs, logs, jobs, arguments.device, arguments.threads, arguments.fork)
     try:
         failed = grid.run(missing)
     except KeyboardInterrupt:

@@ -651,7 +651,8 @@ def run_grid(arguments: argparse.Namespace, specs: Sequence[str], seeds: Sequenc
     words = ["--track", arguments.track, "--runs", str(arguments.runs), "--device", arguments.device]
     words += ["--jobs", str(arguments.jobs), "--threads", str(arguments.threads), "--seeds", *map(str, seeds)]
     words += [word for spec in specs for word in ("--spec", spec)]
-    return grid.main([*words, *(["--list"] if arguments.list else [])])
+    flags = [f"--{flag}" for flag in ("list", "fork") if getattr(arguments, flag)]
+    return grid.main([*words, *flags])
 
 
 def tune(arguments: argparse.Namespace) -> int:
@@ -730,6 +731,7 @@ def parser_of() -> argparse.ArgumentParser:
         one.add_argument("--threads", type=int, default=1, help="of each run")
         one.add_argument("--device", default="cpu", help="auto, cpu, cuda …")
         one.add_argument("--list", action="store_true", help="print the commands of what is missing and stop")
+        one.add_argument("--fork", action="store_true", help="start runs from a process that has imported everything")
     shown_table = commands.add_parser("table", help="print tables, curves and verdicts")
     shown_table.set_defaults(run=table)
     shown_table.add_argument(

@@ -110,9 +110,11 @@ def choose_precision(
     """
     if training.precision != "auto":
         return training.precision
+    # Not the number of threads: `prepare` may have others than `run`, and a base of each precision is another base.
+    name = f"{platform.machine()} CPU" if device.type == "cpu" else describe(device)
     key = "|".join(
         [
-            describe(device),
+            name,
             platform.processor() or platform.machine(),
             torch.__version__,
             *map(str, shape),
