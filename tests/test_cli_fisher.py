@@ -137,6 +137,7 @@ def test_a_text_file_is_read_under_the_checkpoints_tokenizer(run: Path, tmp_path
 def test_mistakes_get_one_line(run: Path, tmp_path: Path) -> None:
     release = run / "release" / "stage-01"
     for arguments, words in {
+        (tmp_path / "nothing",): "checkpoint folder is missing",
         (tmp_path / "nothing", "--track", "tinydocs"): "checkpoint folder is missing",
         (run.parent, "--track", "tinydocs"): "no safetensors file",
         (run, "--stage", 9): "no row after stage 9",

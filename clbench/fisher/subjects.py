@@ -280,9 +280,9 @@ def measure_checkpoint(
         ConfigError: not exactly one text, another tokenizer than the stream's, or too few rows.
         NotFoundError, IntegrityError: checkpoint, stream or file are missing or damaged.
     """
+    check_checkpoint(path)  # first: a mistyped run folder is no checkpoint without a text
     if sum(one is not None for one in (track, stream, text)) != 1:
         raise ConfigError("a checkpoint needs one text to be measured on", mend="give --track, --stream or --text")
-    check_checkpoint(path)
     grouping, place = Grouping.parse(options.grouping), find_device(device)
     about: dict[str, Any] = {"name": path, "grouping": str(grouping)}
     if text is not None:
