@@ -6,8 +6,8 @@
 
 Arms: {no replay, replay} x ``REGULARISERS``; ``--extra`` adds ``EXTRA_REGULARISERS`` and replay with distillation.
 
-``tune`` runs every arm with the same number of strengths, one a decade over ``N_DECADES`` decades, with one seed, and
-writes the curves and what follows from them to ``RUNS/TRACK.json``. Units differ between arms, so each has the middle
+``tune`` runs every arm with the same number of strengths, one a decade (or ``--every`` 2 or 3) over ``N_DECADES``, and
+writes the curves of one seed and what follows from them to ``RUNS/TRACK.json``. Units differ between arms, so each has the middle
 of its grid (``Regulariser.centre``). The rule, the same for all arms: the strength with the smallest loss of the last
 checkpoint, averaged over all periods, nats per token; of equal ones the weakest. A run that diverged counts as
 infinitely bad. Flags say where the rule decides little: best at an edge of the grid, ties, no gain over no regulariser.
@@ -43,7 +43,7 @@ from clbench.results.summary import MethodSummary, summarise
 FORMAT = 1
 RULE = "smallest loss of the last checkpoint, mean over all periods, nats per token; of equal ones the weakest"
 N_DECADES = 6
-"""A grid spans so many powers of ten, one strength each and both ends: seven runs an arm."""
+"""A grid spans so many powers of ten, with both ends: seven runs an arm at one strength each, four at every second."""
 TIE_NATS = 0.01
 """Two strengths nearer than this are a tie: between three seeds of codedocs-nano the final loss has a standard
 deviation of 0.010 (sequential) and 0.005 (replay)."""
@@ -69,10 +69,9 @@ class Regulariser:
         """Return the method with the strength 10**exponent."""
         return f"{self.method}{',' if ':' in self.method else ':'}strength=1e{exponent}"
 
-    @property
-    def exponents(self) -> tuple[int, ...]:
-        """The grid, as powers of ten."""
-        return tuple(range(self.centre - N_DECADES // 2, self.centre + N_DECADES // 2 + 1))
+    def exponents(self, every: int = 1) -> tuple[int, ...]:
+        """Return the grid, as powers of ten: one of ``every`` (1, 2, 3 or 6), both ends included."""
+        return tuple(range(self.centre - N_DECADES // 2, self.centre + N_DECADES // 2 + 1, every))
 
 
 DIAGONAL, RANK1 = "diagonal", "rank-1 (c*)"
@@ -146,11 +145,11 @@ def arm_named(name: str) -> Arm:
     raise NotFoundError(f"there is no arm {name!r}", mend="tune again with this version of benchmarks.regularisers")
 
 
-def tuning_specs(arms: Iterable[Arm]) -> list[str]:
+def tuning_specs(arms: Iterable[Arm], every: int = 1) -> list[str]:
     """Return the runs of the sweep: baselines once, everything else at every strength."""
     specs = []
     for arm in arms:
-        exponents = [None] if arm.regulariser is None else arm.regulariser.exponents
+        exponents = [None] if arm.regulariser is None else arm.regulariser.exponents(every)
         specs += [arm.spec(exponent) for exponent in exponents]
     return specs
 
@@ -307,8 +306,8 @@ def loss_of(store: RunStore | None) -> float | None:
     return math.inf if math.isnan(loss) else loss
 
 
-def choices_of(track: Mapping[str, Any], folder: Path, arms: Sequence[Arm], seed: int) -> Choices:
-    """Return the choice that the runs in a folder lead to."""
+def choices_of(track: Mapping[str, Any], folder: Path, arms: Sequence[Arm], seed: int, every: int = 1) -> Choices:
+    """Return the choice that the runs in a folder lead to, of one strength in ``every`` decades."""
     runs = runs_in(folder)
 
     def loss(spec: str) -> float | None:
@@ -318,7 +317,7 @@ def choices_of(track: Mapping[str, Any], folder: Path, arms: Sequence[Arm], seed
     for arm in arms:
         if arm.regulariser is None:
             continue
-        tried = {e: loss(arm.spec(e)) for e in arm.regulariser.exponents}
+        tried = {e: loss(arm.spec(e)) for e in arm.regulariser.exponents(every)}
         losses = {e: value for e, value in tried.items() if value is not None}
         baseline = loss(arm.baseline.spec())
         curves.append(Curve(arm=arm, exponents=tuple(tried), losses=losses, baseline=baseline))
@@ -578,11 +577,13 @@ def _facts_table(table: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def curves_table(choices: Choices) -> list[str]:
     """Return the strength curves as Markdown; the first strength of a row is the weakest of its grid."""
+    grids = {tuple(e - curve.exponents[0] for e in curve.exponents) for curve in choices.curves}
+    steps = max(grids, key=len, default=())
     lines = [
         f"Curves on {choices.track['name']}, seed {choices.seed}: {RULE}.",
         "",
-        f"| arm | weakest | none | {' | '.join(f'x 1e{k}' for k in range(N_DECADES + 1))} | flags |",
-        "|---" * (N_DECADES + 5) + "|",
+        f"| arm | weakest | none | {' | '.join(f'x 1e{k}' for k in steps)} | flags |",
+        "|---" * (len(steps) + 4) + "|",
     ]
     for curve in choices.curves:
         cells = [_curve_cell(curve, exponent) for exponent in curve.exponents]
@@ -628,8 +629,9 @@ def draw(choices: Choices, path: Path) -> None:
         for curve, marker in zip((c for c in choices.curves if c.arm.companion == companion), "osD^v*PX", strict=False):
             assert curve.arm.regulariser is not None
             points = [(e, loss) for e, loss in sorted(curve.losses.items()) if math.isfinite(loss)]
-            x = [e - curve.exponents[N_DECADES // 2] for e, _ in points]
-            label = f"{curve.arm.regulariser.name}, 0 is 1e{curve.exponents[N_DECADES // 2]}"
+            centre = curve.arm.regulariser.centre
+            x = [e - centre for e, _ in points]
+            label = f"{curve.arm.regulariser.name}, 0 is 1e{centre}"
             panel.plot(x, [loss for _, loss in points], marker=marker, markersize=4, label=label)
             if curve.baseline is not None:
                 panel.axhline(curve.baseline, color="black", linestyle=":", linewidth=1)
@@ -662,10 +664,10 @@ def tune(arguments: argparse.Namespace) -> int:
         named = [arm_named(name) for name in arguments.arm]
         arms = list(dict.fromkeys([*(arm.baseline for arm in named), *named]))
     track = load_track(arguments.track)
-    code = 0 if arguments.no_runs else run_grid(arguments, tuning_specs(arms), [arguments.seed])
+    code = 0 if arguments.no_runs else run_grid(arguments, tuning_specs(arms, arguments.every), [arguments.seed])
     if arguments.list or code == 130:
         return code
-    choices = choices_of(track.as_dict(), arguments.runs / track.name, arms, arguments.seed)
+    choices = choices_of(track.as_dict(), arguments.runs / track.name, arms, arguments.seed, arguments.every)
     path = arguments.choices or arguments.runs / f"{track.name}.json"
     choices.write(path)
     print("\n".join(curves_table(choices)))
@@ -716,6 +718,7 @@ def parser_of() -> argparse.ArgumentParser:
     sweep = commands.add_parser("tune", help="sweep the strengths and choose")
     sweep.set_defaults(run=tune)
     sweep.add_argument("--seed", type=int, default=0)
+    sweep.add_argument("--every", type=int, default=1, choices=(1, 2, 3), help="decades from strength to strength")
     sweep.add_argument("--extra", action="store_true", help="also the top eigenvector, prox, and KD-replay")
     sweep.add_argument("--arm", action="append", help='only this arm ("replay + L2-SP") and its baseline; often')
     sweep.add_argument("--choices", type=Path, help="file to write; RUNS/TRACK.json")

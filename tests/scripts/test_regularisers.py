@@ -161,7 +161,7 @@ def test_unequal_budgets_are_not_run(tmp_path: Path) -> None:
 def test_curves_are_read_from_runs(tmp_path: Path) -> None:
     arms = [Arm(NO_REPLAY), arm_of(DIAGONAL)]
     assert arms[1].regulariser is not None
-    first, second, third, fourth, *_ = arms[1].regulariser.exponents
+    first, second, third, fourth, *_ = arms[1].regulariser.exponents()
     write(tmp_path, "sequential", 0, 0.9)
     write(tmp_path, arms[1].spec(first), 0, 0.6)
     write(tmp_path, arms[1].spec(second), 0, 0.3)
@@ -173,6 +173,15 @@ def test_curves_are_read_from_runs(tmp_path: Path) -> None:
     assert found.losses == pytest.approx({first: 3.0 + 0.4, second: 3.0 + 0.2, third: math.inf})
     assert found.baseline == pytest.approx(3.0 + 0.6)
     assert found.chosen == second and fourth in found.missing
+
+
+def test_a_coarser_grid_has_both_ends_and_the_same_budget_for_all(tmp_path: Path) -> None:
+    grids = {arm.regulariser.exponents(2) for arm in arms_of(extra=True) if arm.regulariser is not None}
+    assert {len(grid) for grid in grids} == {4} and {grid[-1] - grid[0] for grid in grids} == {6}
+    arms = [Arm(NO_REPLAY), arm_of(DIAGONAL)]
+    assert regularisers.tuning_specs(arms, 2) == ["sequential", *(f"ewc:strength=1e{e}" for e in (-1, 1, 3, 5))]
+    (found,) = regularisers.choices_of(TRACK, tmp_path, arms, 0, 2).curves
+    assert found.missing == (-1, 1, 3, 5)
 
 
 # --- tables
@@ -202,8 +211,8 @@ def final_runs(
         exponent = None
         if arm.regulariser is not None:
             exponent = arm.regulariser.centre
-            losses = {e: 4.0 + abs(e - exponent) for e in arm.regulariser.exponents}
-            curves.append(Curve(arm=arm, exponents=arm.regulariser.exponents, losses=losses, baseline=4.5))
+            losses = {e: 4.0 + abs(e - exponent) for e in arm.regulariser.exponents()}
+            curves.append(Curve(arm=arm, exponents=arm.regulariser.exponents(), losses=losses, baseline=4.5))
         for seed in seeds:
             own = jitter * ((7 * seed * (place + 1) + seed * seed * place) % 11 - 5) / 5
             write(folder, arm.spec(exponent), seed, value + own, flops=10.0 + place)
