@@ -7,9 +7,9 @@
 Arms: {no replay, replay} x ``REGULARISERS``; ``--extra`` adds ``EXTRA_REGULARISERS`` and replay with distillation.
 
 ``tune`` runs every arm with the same number of strengths, one a decade (or ``--every`` 2 or 3) over ``N_DECADES``, and
-writes the curves of one seed and what follows from them to ``RUNS/TRACK.json``. Units differ between arms, so each has the middle
-of its grid (``Regulariser.centre``). The rule, the same for all arms: the strength with the smallest loss of the last
-checkpoint, averaged over all periods, nats per token; of equal ones the weakest. A run that diverged counts as
+writes the curves of one seed and what follows from them to ``RUNS/TRACK.json``. Units differ between arms, so each has
+the middle of its grid (``Regulariser.centre``). The rule, the same for all arms: the strength with the smallest loss of
+the last checkpoint, averaged over all periods, nats per token; of equal ones the weakest. A run that diverged counts as
 infinitely bad. Flags say where the rule decides little: best at an edge of the grid, ties, no gain over no regulariser.
 
 ``final`` runs the chosen strengths for all seeds on the track that is reported; ``table`` prints Markdown (or JSON):
