@@ -22,6 +22,7 @@ from clbench.errors import ConfigError
 from clbench.files import atomic_folder, write_json
 from clbench.merge import kernels
 from clbench.merge.plan import KEEP, Action, MergePlan
+from clbench.merge.scores import sibling
 from clbench.merge.tensors import (
     ShardWriter,
     TensorInfo,
@@ -75,6 +76,8 @@ class Prepared:
         for model in self.sources.models:
             for one in {name, self.tied.get(name, name)}:
                 model.done(one)
+        for one in around(name, self.actions[name]).values():
+            self.sources.tuned.done(one)
 
 
 def prepare(plan: MergePlan, sources: Sources, *, mixed_dtypes: bool = False) -> Prepared:
@@ -104,8 +107,25 @@ def _check_action(name: str, action: Action, sources: Sources) -> None:
         raise ConfigError("ties of several models needs weights", mend="give one for the tuned and each other model")
     if (action.kernel == "nuslerp" and n_models != 2) or (action.kernel == "model_stock" and n_models < 2):
         raise ConfigError(f"{action.kernel} needs another tuned model", mend="give one, or use lerp")
+    if action.kernel == "neighbours":
+        _check_neighbours(name, action, sources)
     if action.kernel == "graft" and sources.tuned.layout[name].is_merged:
         _moment_place(name, sources)
+
+
+def _check_neighbours(name: str, action: Action, sources: Sources) -> None:
+    layout, found = sources.tuned.layout, around(name, action)
+    if not found:
+        raise ConfigError(f"neighbours of {name} are not named", mend="give below, above or both")
+    for other in found.values():
+        if other not in layout or layout[other].shape != layout[name].shape:
+            raise ConfigError(f"{sources.tuned.name} has no {other} like {name}", mend="name a block of equal make")
+
+
+def around(name: str, action: Action) -> dict[str, str]:
+    """Return the tensors that ``neighbours`` reads besides: ``below`` and ``above``, those that its options name."""
+    found = {side: action.options[side] for side in ("below", "above") if side in action.options}
+    return {side: sibling(name, int(block)) for side, block in found.items() if isinstance(block, int | float)}
 
 
 def apply(action: Action, name: str, sources: Sources, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -114,6 +134,9 @@ def apply(action: Action, name: str, sources: Sources, out: torch.Tensor | None 
     w1 = sources.tuned.read(name)
     if action.kernel == "keep":
         return w1
+    if action.kernel == "neighbours":
+        near = {side: sources.tuned.read(other) for side, other in around(name, action).items()}
+        return kernels.neighbours(w1, near.get("below"), near.get("above"), **_without(options, "below", "above"))
     w0 = sources.base.read(name).to(w1.device)
     if action.kernel in ("lerp", "slerp", "restore"):
         path = kernels.slerp if action.kernel == "slerp" else kernels.lerp
@@ -130,6 +153,10 @@ def apply(action: Action, name: str, sources: Sources, out: torch.Tensor | None 
         options["moment"] = read_moment(name, sources).to(w1.device)
     single: Callable[..., torch.Tensor] = getattr(kernels, action.kernel)
     return single(w1, w0, **options)
+
+
+def _without(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in names}
 
 
 def _moment_place(name: str, sources: Sources) -> str:

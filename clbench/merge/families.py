@@ -15,7 +15,7 @@ from clbench.errors import ConfigError
 from clbench.merge.execute import Sources, graft_threshold
 from clbench.merge.plan import KEEP, RESTORE, Action, MergePlan, Rule
 from clbench.merge.scores import Granularity
-from clbench.merge.select import Ordering, strengths_of, within
+from clbench.merge.select import Ordering, strengths_of, surviving_neighbours, within
 
 METHODS = ("spear-mm", "wise-ft", "slerp", "dg-hard", "trim", "dare", "breadcrumbs", "graft")
 N_LEVELS = 64
@@ -177,6 +177,16 @@ class Restoring(Family):
             exact = [rule for name in sorted(wanted) for rule in self._rules(f"={name}", [name], s)]
             plan = MergePlan(KEEP, tuple(exact))
         return plan
+
+    def checkfree(self, units: Sequence[str], s: float) -> MergePlan | None:
+        """Return the control that takes the blocks around the units in the place of the base; None: none are left."""
+        lost = [name for name, strength in strengths_of(self.dimensions, units, 1.0).items() if strength]
+        near = surviving_neighbours(self.dimensions, lost)
+        if not near or s == 0:
+            return None
+        return MergePlan(
+            KEEP, tuple(Rule(f"={name}", Action("neighbours", {"s": s, **blocks})) for name, blocks in near.items())
+        )
 
     def _rules(self, select: str, names: Sequence[str], s: float) -> list[Rule]:
         if s == 1:

@@ -282,6 +282,41 @@ def model_stock(w1: torch.Tensor, w0: torch.Tensor, others: Sequence[torch.Tenso
     return _added(w0, sum(changes[1:], changes[0]) * (c / bottom), w1)
 
 
+# --- no base at all -----------------------------------------------------------------------------------------------
+
+
+def neighbours(
+    w1: torch.Tensor,
+    below: torch.Tensor | None,
+    above: torch.Tensor | None,
+    *,
+    s: float = 1.0,
+    weights: Sequence[float] = (1.0, 1.0),
+) -> torch.Tensor:
+    """Return w1 moved by s towards the weighted mean of the blocks around it: CheckFree (arXiv 2506.15461).
+
+    CheckFree fills a lost block so and then trains on; here nothing is trained, so it is a negative control: what a
+    merge without a base does. Its weights are the neighbours' last gradient norms; equal ones where none is known.
+
+    Args:
+        w1: tuned.
+        below: the same tensor of the block before, None at the first block.
+        above: of the block after, None at the last block; a lone neighbour is copied, as in CheckFree+.
+        s: 1 replaces the tensor.
+        weights: of below and above, not negative.
+    """
+    _in_unit("s", s)
+    if len(weights) != 2 or not all(math.isfinite(one) and one >= 0 for one in weights):
+        raise ConfigError(f"weights={list(weights)} are no two weights", mend="give two numbers of 0 or more")
+    pairs = [(one, weight) for one, weight in zip((below, above), weights, strict=True) if one is not None]
+    total = math.fsum(weight for _, weight in pairs)
+    if total <= 0:
+        raise ConfigError("no neighbour has a weight", mend="leave a block out, or give weights above 0")
+    if len(pairs) == 2 and pairs[1][1] > 0:
+        return lerp(w1, lerp(*(one.to(working_type(one)) for one, _ in pairs), pairs[1][1] / total), s)
+    return lerp(w1, pairs[0][0], s)
+
+
 # --- singular values --------------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict[str, tuple[type, ...]]] = {
     "model_stock": {},
     "dg_hard": {"scale": NUMBER, "min_numel": NUMBER},
     "graft": {"threshold": NUMBER, "density": NUMBER},
+    "neighbours": {"s": NUMBER, "below": NUMBER, "above": NUMBER, "weights": NUMBERS},
 }
 """Kernels and their options. ``keep`` copies the tuned tensor, ``restore`` the base's."""
 REQUIRED = {
