@@ -1,15 +1,16 @@
 """Running a merge plan, tensor by tensor: on live weights, or from folder to folder.
 
-Both ways use the same kernels, so their results are equal to the bit, whatever the shards are. Memory: one tensor of
-each model, the result, and what the kernel needs (SLERP and LERP nothing; an SVD a few fp32 copies).
+Both ways use the same kernels, so their results are equal to the bit, whatever the shards are. Memory: two tensors of
+each model and their results, and what the kernel needs (SLERP and LERP nothing; an SVD a few fp32 copies).
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from clbench.merge.plan import KEEP, Action, MergePlan
 from clbench.merge.scores import sibling
 from clbench.merge.tensors import (
     ShardWriter,
-    TensorInfo,
     TensorSource,
     beside_the_weights,
     check_compatible,
@@ -241,6 +241,7 @@ def merge_folder(
     *,
     shard_bytes: int = 5_000_000_000,
     hash_inputs: bool = True,
+    weights_sha256: Sequence[str] | None = None,
     mixed_dtypes: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -255,6 +256,7 @@ def merge_folder(
         out: the folder to make.
         shard_bytes: the largest size of a shard.
         hash_inputs: note digests of all inputs; reads every tensor of every model.
+        weights_sha256: those digests (``layout_sha256``), in the order of ``sources.models``, where they are known.
         mixed_dtypes: allow inputs of different floating types.
         overwrite: replace ``out`` where it exists.
         progress: called with (bytes done, bytes in all).
@@ -269,14 +271,15 @@ def merge_folder(
     with atomic_folder(out) as temporary:
         writer = ShardWriter(temporary, sources.tuned.layout, shard_bytes=shard_bytes)
         try:
-            digests = _write_all(prepared, writer, hash_inputs, progress)
+            digests = _write_all(prepared, writer, hash_inputs and weights_sha256 is None, progress)
             writer.close()
         finally:
             writer.abort()
         if sources.tuned.folder is not None:
             for file in beside_the_weights(sources.tuned.folder):
                 shutil.copyfile(file, temporary / file.name)
-        note = _note(plan, prepared, digests)
+        known = list(weights_sha256 or map(_digest, sources.models, digests))
+        note = _note(plan, prepared, known)
         write_json(temporary / PLAN_FILE, note)
     return note
 
@@ -301,36 +304,75 @@ def _write_all(
     prepared: Prepared, writer: ShardWriter, hash_inputs: bool, progress: Progress | None
 ) -> list[dict[str, str]]:
     """Write every tensor; returns the digests of the inputs' tensors, model by model."""
-    models, layout = prepared.sources.models, prepared.sources.tuned.layout
-    digests: list[dict[str, str]] = [{} for _ in models]
-    total, done = sum(info.n_bytes for info in layout.values()), 0
-    scratch = Scratch(layout)
-    with ThreadPoolExecutor(max_workers=len(models)) as pool:
-        for name in writer.order:
-            hashing = list(models) if hash_inputs else []
-            waiting = [pool.submit(tensor_sha256, model.read(name)) for model in hashing]  # beside the arithmetic
-            writer.write(name, prepared.compute(name, scratch.like(layout[name])))
-            for found, future in zip(digests, waiting, strict=False):
-                found[name] = future.result()
-            prepared.release(name)
-            done += layout[name].n_bytes
-            if progress:
-                progress(done, total)
-    return digests
+    flow = Flow(prepared, writer, hash_inputs=hash_inputs, progress=progress)
+    with flow:
+        for turn, name in enumerate(writer.order):
+            flow.put(name, prepared.compute(name, flow.room(turn)))
+    return flow.digests
 
 
-class Scratch:
-    """One piece of memory that every result is written to: fresh memory for each costs as much as the arithmetic."""
+class Flow:
+    """Writes and hashes a tensor while the next one is computed; two are under way at most.
 
-    def __init__(self, layout: Mapping[str, TensorInfo]) -> None:
-        self.bytes = torch.empty(max((i.n_bytes for i in layout.values() if i.is_merged), default=0), dtype=torch.uint8)
+    Results are computed in two pieces of memory by turns: fresh memory for each costs as much as the arithmetic.
+    """
 
-    def like(self, info: TensorInfo) -> torch.Tensor | None:
-        """Return a tensor of this type and shape; what it held before is lost."""
-        return self.bytes[: info.n_bytes].view(info.dtype).reshape(info.shape) if info.is_merged else None
+    def __init__(
+        self, prepared: Prepared, writer: ShardWriter, *, hash_inputs: bool, progress: Progress | None = None
+    ) -> None:
+        self.prepared, self.writer, self.progress = prepared, writer, progress
+        self.models = prepared.sources.models
+        self.hashed = self.models if hash_inputs else ()
+        self.digests: list[dict[str, str]] = [{} for _ in self.models]
+        self._layout = prepared.sources.tuned.layout
+        infos = [self._layout[name] for name in writer.order]
+        sizes = (max((i.n_bytes for i in infos[first::2] if i.is_merged), default=0) for first in (0, 1))
+        self._rooms = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        self._total, self._done = sum(info.n_bytes for info in infos), 0
+        self._waiting: deque[tuple[str, Future[None], list[Future[str]]]] = deque()
+        self._writing = ThreadPoolExecutor(max_workers=1)  # one: tensors stand in the file in their order
+        self._hashing = ThreadPoolExecutor(max_workers=len(self.models))
+
+    def __enter__(self) -> Flow:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            while self._waiting and kind is None:
+                self._settle()
+        finally:
+            self._writing.shutdown(cancel_futures=True)
+            self._hashing.shutdown(cancel_futures=True)
+
+    def room(self, turn: int) -> torch.Tensor | None:
+        """Return memory for the result of a turn, once what was there before is written; None where it is copied."""
+        while len(self._waiting) > 1:
+            self._settle()
+        info = self._layout[self.writer.order[turn]]
+        room = self._rooms[turn % 2]
+        return room[: info.n_bytes].view(info.dtype).reshape(info.shape) if info.is_merged else None
+
+    def put(self, name: str, result: torch.Tensor) -> None:
+        """Begin to write a tensor, and to hash what it was made from."""
+        hashes = [self._hashing.submit(tensor_sha256, model.read(name)) for model in self.hashed]
+        self._waiting.append((name, self._writing.submit(self.writer.write, name, result), hashes))
+
+    def _settle(self) -> None:
+        name, written, hashes = self._waiting.popleft()
+        written.result()
+        for found, digest in zip(self.digests, hashes, strict=False):
+            found[name] = digest.result()
+        self.prepared.release(name)
+        self._done += self._layout[name].n_bytes
+        if self.progress:
+            self.progress(self._done, self._total)
 
 
-def _note(plan: MergePlan, prepared: Prepared, digests: list[dict[str, str]]) -> dict[str, Any]:
+def _digest(source: TensorSource, digests: dict[str, str]) -> str | None:
+    return layout_sha256(source, digests) if digests else None
+
+
+def _note(plan: MergePlan, prepared: Prepared, digests: Sequence[str | None]) -> dict[str, Any]:
     """Return what was done, for ``merge_plan.json``; no paths of this machine."""
     sources, kernel_bytes = prepared.sources, dict[str, int]()
     for name, info in sources.tuned.layout.items():
@@ -342,10 +384,10 @@ def _note(plan: MergePlan, prepared: Prepared, digests: list[dict[str, str]]) ->
     return note | {"inputs": inputs, "tied": prepared.tied, "bytes_by_kernel": dict(sorted(kernel_bytes.items()))}
 
 
-def _input(source: TensorSource, digests: dict[str, str]) -> dict[str, Any]:
+def _input(source: TensorSource, digest: str | None) -> dict[str, Any]:
     return {
         "name": source.name,
-        "weights_sha256": layout_sha256(source, digests) if digests else None,
+        "weights_sha256": digest,
         "tokenizer_sha256": tokenizer_sha256(source.folder),
         "n_tensors": len(source.layout),
         "n_bytes": sum(info.n_bytes for info in source.layout.values()),

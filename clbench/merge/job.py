@@ -537,7 +537,8 @@ def write(result: Result, *, report: Path | None = None, progress: Callable[[int
     if options.out is not None:
         remove_stale(options.out)
         with atomic_folder(options.out) as temporary:
-            merge_folder(chosen.plan, result.sources, temporary / "model", progress=progress)
+            known = list(result.weights.values())  # hashed before the search; in the order of the sources' models
+            merge_folder(chosen.plan, result.sources, temporary / "model", weights_sha256=known, progress=progress)
             for file in sorted((temporary / "model").iterdir()):
                 shutil.move(file, temporary / file.name)
             (temporary / "model").rmdir()
