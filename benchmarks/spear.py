@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clbench.errors import ClbenchError, ConfigError
+from clbench.errors import ClbenchError, ConfigError, NotFoundError
 from clbench.files import read_json, write_json, write_text
 from clbench.merge.front import STANDARD_ERRORS, cost_reduction, retention
 from clbench.results.stats import Interval, paired_t, t_interval
@@ -76,18 +76,20 @@ def runs_of(folder: Path, stage: int) -> dict[int, Path]:
     return {seed: place for seed, place in found.items() if (place / "model.safetensors").is_file()}
 
 
-def base_of(arguments: argparse.Namespace) -> tuple[Path, str, int]:
-    """Return the base's folder, the stream's name and the last stage of the track."""
-    from clbench import registry
-    from clbench.base import open_base, open_stream
-    from clbench.run import hardware_for
+def base_of(run: Path) -> Path:
+    """Return the folder of the base that a run started from, by its digest.
 
-    track = registry.load_track(arguments.track)
-    stream = open_stream(track)
-    stage = len(stream.stages()) - 1 if arguments.stage is None else arguments.stage
-    if arguments.base is not None:
-        return arguments.base, track.stream, stage
-    return open_base(track, stream, hardware_for(track, stream, arguments.device)).model_folder, track.stream, stage
+    Raises:
+        NotFoundError: it is not on this machine any more.
+    """
+    from clbench.home import bases_folder
+    from clbench.results.store import RunStore
+
+    wanted = RunStore.open(run).config()["base"]["weights_sha256"]
+    for facts in sorted(bases_folder().glob("*/base.json")):
+        if read_json(facts).get("weights_sha256") == wanted:
+            return facts.parent / "model"
+    raise NotFoundError("the run's base is not here", where=bases_folder(), mend="prepare its track, or give --base")
 
 
 def prepared(arguments: argparse.Namespace, base: Path, stream: str, stage: int, tuned: Path) -> tuple[Result, Any]:
@@ -504,7 +506,12 @@ def write(out: Path, found: dict[str, Any]) -> None:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure every seed that is there, the arms of all before the blocks of any."""
-    base, stream, stage = base_of(arguments)
+    from clbench import registry
+    from clbench.base import open_stream
+
+    track = registry.load_track(arguments.track)
+    stream = track.stream
+    stage = len(open_stream(track).stages()) - 1 if arguments.stage is None else arguments.stage
     runs = runs_of(arguments.runs, stage)
     wanted = {seed: place for seed, place in runs.items() if not arguments.seeds or seed in arguments.seeds}
     if not wanted:
@@ -513,6 +520,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"format": 1, "facts": facts, "seeds": {}}
     kept: dict[int, tuple[Result, Any]] = {}
     for seed, tuned in wanted.items():
+        base = arguments.base or base_of(tuned.parents[1])
         kept[seed] = prepared(arguments, base, stream, stage, tuned)
         found["seeds"][str(seed)] = measured_seed(arguments, seed, *kept[seed], teller(seed))
         write(arguments.out, found)
@@ -533,7 +541,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/domain-smollm2/sequential"), help="with seed-0, seed-1 …"
     )
-    parser.add_argument("--base", type=Path, help="the base's folder; the track's by default")
+    parser.add_argument("--base", type=Path, help="the base's folder; that of the run by default")
     parser.add_argument("--stage", type=int, help="whose release; the last by default")
     parser.add_argument("--seeds", type=int, nargs="*", help="those that are there by default")
     parser.add_argument("--tokens", type=int, default=10_000, help="measured tokens of each side")
