@@ -13,7 +13,7 @@ import hashlib
 import json
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -278,13 +278,21 @@ def read_text(place: str, side: Side, *, column: str = "text") -> Text:
     return Text(name=place, ids=[name for name, _ in found], documents=[text for _, text in found], n_found=len(found))
 
 
-def draw(text: Text, tokenizer: Any, n_tokens: int) -> Text:
+def draw(text: Text, tokenizer: Any, n_tokens: int, *, without: Collection[str] = ()) -> Text:
     """Return documents in an order that their ids decide, until there are so many tokens; counted by a tokenizer.
+
+    Args:
+        text: to draw from.
+        tokenizer: counts.
+        n_tokens: how many are wanted.
+        without: ids of documents that are not drawn.
 
     Raises:
         ConfigError: the first documents are so long that there are too few.
     """
-    order = sorted(range(len(text.ids)), key=lambda i: hashlib.sha256(text.ids[i].encode()).digest())
+    taken = set(without)
+    free = [i for i, name in enumerate(text.ids) if name not in taken]
+    order = sorted(free, key=lambda i: hashlib.sha256(text.ids[i].encode()).digest())
     chosen, total = list[int](), 0
     for place in order:
         if total >= n_tokens and len(chosen) >= MIN_DOCUMENTS:
@@ -294,7 +302,9 @@ def draw(text: Text, tokenizer: Any, n_tokens: int) -> Text:
             chosen.append(place)
             total += n
     if len(chosen) < MIN_DOCUMENTS:
-        raise ConfigError(f"{len(chosen)} documents have tokens", where=text.name, mend="give more text")
+        beside = " beside those that are measured" if without else ""
+        what = f"{len(chosen)} documents have tokens{beside}, {MIN_DOCUMENTS} are needed"
+        raise ConfigError(what, where=text.name, mend="give more text" + (", or fewer --tokens" if without else ""))
     chosen.sort()
     return Text(
         name=text.name,

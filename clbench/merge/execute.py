@@ -50,12 +50,24 @@ class Sources:
     others: tuple[TensorSource, ...] = ()
     """Other models that started from the base."""
     moments: TensorSource | None = None
-    """Second moments as ``exp_avg_sq/NAME``, or what ``compress_moments`` makes of them."""
+    """Second moments of the tuned model as ``exp_avg_sq/NAME``, or what ``compress_moments`` makes of them."""
+    other_moments: tuple[TensorSource, ...] = ()
+    """Those of the other models, in their order."""
 
     @property
     def models(self) -> tuple[TensorSource, ...]:
         """Tuned, base and others."""
         return self.tuned, self.base, *self.others
+
+    @property
+    def experts(self) -> tuple[TensorSource, ...]:
+        """Tuned and others."""
+        return self.tuned, *self.others
+
+    def moments_of(self, expert: int) -> TensorSource | None:
+        """Return the second moments of an expert, 0 is the tuned model."""
+        known = (self.moments, *self.other_moments)
+        return known[expert] if expert < len(known) else None
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,10 @@ class Prepared:
                 model.done(one)
         for one in around(name, self.actions[name]).values():
             self.sources.tuned.done(one)
+        for expert in range(len(self.sources.experts)):
+            moments = self.sources.moments_of(expert)
+            if moments is not None and MOMENT + name in moments.layout:
+                moments.done(MOMENT + name)
 
 
 def prepare(plan: MergePlan, sources: Sources, *, mixed_dtypes: bool = False) -> Prepared:
@@ -109,8 +125,14 @@ def _check_action(name: str, action: Action, sources: Sources) -> None:
         raise ConfigError(f"{action.kernel} needs another tuned model", mend="give one, or use lerp")
     if action.kernel == "neighbours":
         _check_neighbours(name, action, sources)
-    if action.kernel == "graft" and sources.tuned.layout[name].is_merged:
-        _moment_place(name, sources)
+    if action.kernel == "mean":
+        shares = action.options["shares"]
+        if isinstance(shares, list | tuple) and len(shares) != 1 + n_models:
+            mend = "give base, tuned and each other one"
+            raise ConfigError(f"mean has {len(shares)} shares for {1 + n_models} models ({name})", mend=mend)
+    if action.kernel in ("graft", "ota") and sources.tuned.layout[name].is_merged:
+        for expert in range(n_models if action.kernel == "ota" else 1):
+            _moment_place(name, sources, expert)
 
 
 def _check_neighbours(name: str, action: Action, sources: Sources) -> None:
@@ -144,7 +166,9 @@ def apply(action: Action, name: str, sources: Sources, out: torch.Tensor | None 
     others = [one.read(name).to(w1.device) for one in sources.others]
     if action.kernel == "nuslerp":
         return kernels.nuslerp(w1, w0, others[0], **options)
-    if action.kernel in ("task_arithmetic", "ties", "model_stock"):
+    if action.kernel in ("task_arithmetic", "ties", "model_stock", "mean", "ota"):
+        if action.kernel == "ota":
+            options["moments"] = [read_moment(name, sources, n).to(w1.device) for n in range(1 + len(others))]
         several: Callable[..., torch.Tensor] = getattr(kernels, action.kernel)
         return several(w1, w0, others, **options)
     if action.kernel == "dare":
@@ -159,16 +183,18 @@ def _without(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key not in names}
 
 
-def _moment_place(name: str, sources: Sources) -> str:
-    if sources.moments is None:
-        raise ConfigError("graft needs Adam's second moments", mend="give the resume state of the tuned model")
-    layout, shape = sources.moments.layout, sources.tuned.layout[name].shape
+def _moment_place(name: str, sources: Sources, expert: int = 0) -> str:
+    moments = sources.moments_of(expert)
+    if moments is None:
+        model = sources.experts[expert].name
+        raise ConfigError(f"Adam's second moments of {model} are missing", mend="give the moments of every expert")
+    layout, shape = moments.layout, sources.tuned.layout[name].shape
     if MOMENT + name in layout:
         found = layout[MOMENT + name].shape
     elif ROW + name in layout and COLUMN + name in layout:
         found = layout[ROW + name].shape + layout[COLUMN + name].shape
     else:
-        raise ConfigError(f"{sources.moments.name} has no second moments of {name}", mend="only AdamW keeps them")
+        raise ConfigError(f"{moments.name} has no second moments of {name}", mend="only AdamW keeps them")
     if found != shape:
         raise ConfigError(
             f"second moments of {name} have shape {found}, the weights {shape}", mend="give the same run's"
@@ -176,9 +202,9 @@ def _moment_place(name: str, sources: Sources) -> str:
     return MOMENT if MOMENT + name in layout else ROW
 
 
-def read_moment(name: str, sources: Sources) -> torch.Tensor:
+def read_moment(name: str, sources: Sources, expert: int = 0) -> torch.Tensor:
     """Return the second moments of a tensor, made from their row and column sums where only those are kept."""
-    place, moments = _moment_place(name, sources), sources.moments
+    place, moments = _moment_place(name, sources, expert), sources.moments_of(expert)
     assert moments is not None
     if place == MOMENT:
         return moments.read(MOMENT + name)
@@ -197,14 +223,14 @@ def compress_moments(moments: Weights) -> Weights:
     return small
 
 
-def graft_threshold(sources: Sources, density: float) -> float:
-    """Return the saliency threshold that leaves this share of the whole model's weights tuned."""
+def graft_threshold(sources: Sources, density: float, expert: int = 0) -> float:
+    """Return the saliency threshold that leaves this share of an expert's weights tuned, over the whole model."""
 
     def stream() -> Iterator[torch.Tensor]:
         for name, info in sources.tuned.layout.items():
             if info.is_merged:
-                w1, w0 = sources.tuned.read(name), sources.base.read(name)
-                yield kernels.saliency(w1, w0.to(w1.device), read_moment(name, sources).to(w1.device))
+                w1, w0 = sources.experts[expert].read(name), sources.base.read(name)
+                yield kernels.saliency(w1, w0.to(w1.device), read_moment(name, sources, expert).to(w1.device))
                 for model in sources.models:
                     model.done(name)
 

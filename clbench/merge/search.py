@@ -225,6 +225,9 @@ class Walk:
                     self._surface(self.family)
                 else:
                     family = self.family
+                    first = family.spot(None, 0.0)
+                    if first.plan.sha256 != TUNED.plan.sha256 and self._keeps(self._measure(first)):
+                        return self.best()  # experts together keep enough before any mask
                     self.bracket(0, N_LEVELS, lambda level: family.spot(None, level / N_LEVELS))
             except OutOfBudgetError:
                 self.exhausted = True
@@ -243,6 +246,13 @@ class Walk:
     def gain(self, one: Measured) -> float:
         """Return the kept domain gain, NaN where it is undefined."""
         return self.yardstick.kept_gain(one.rows).value
+
+    def visit(self, spot: Spot) -> Measured:
+        """Return the measurement of a merge that is no step of a search; the base stays out of the walk."""
+        found = self.desk.measure(spot, "walk")
+        if spot.plan.sha256 not in {BASE.plan.sha256, *(one.spot.plan.sha256 for one in self.walked)}:
+            self.walked.append(found)
+        return found
 
     def _keeps(self, one: Measured) -> bool:
         return self.retention(one) >= self.keep
