@@ -523,6 +523,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         base = arguments.base or base_of(tuned.parents[1])
         kept[seed] = prepared(arguments, base, stream, stage, tuned)
         found["seeds"][str(seed)] = measured_seed(arguments, seed, *kept[seed], teller(seed))
+        kept[seed][0].let_go()  # half a gigabyte a seed
         write(arguments.out, found)
     for part, function in (("impact", impacts), ("accuracy", accuracies)):
         if (part == "impact" and arguments.no_impact) or (part == "accuracy" and not arguments.suite):
@@ -530,6 +531,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for seed in wanted:
             more = (arguments, *kept[seed]) if part == "impact" else (arguments, seed, *kept[seed])
             found["seeds"][str(seed)][part] = function(*more, teller(seed))  # type: ignore[operator]
+            kept[seed][0].let_go()
             write(arguments.out, found)
     return found
 

@@ -223,6 +223,10 @@ class Result:
             self._bench = Bench(self.sources, find_device(self.options.device), tokenizer)
         return self._bench
 
+    def let_go(self) -> None:
+        """Give the memory of that model back; it is loaded again when something has to be measured."""
+        self._bench = None
+
     def points(self) -> list[dict[str, Any]]:
         """Return base, tuned and all points of the walk, then the controls, as JSON-able values."""
         found = [self._point(one.spot, one) for one in self._ends()]
@@ -721,6 +725,8 @@ def forecast(options: Options) -> dict[str, Any]:
     family, texts = result.family, result.texts
     found: dict[str, Any] = {"method": options.method, "layers": result.layers(), "scores": result.scores_bill}
     n = 1 if options.is_fixed else options.n_evaluations
+    if options.method in ("greedy-soup", "mwa"):  # every ingredient, and of greedy soups a mean for each
+        n = (2 if options.method == "greedy-soup" else 1) * len(result.sources.models)
     found["evaluations"] = {"ends": 2, "walk": n, "controls": 10 if options.controls else 0} if texts else {}
     if options.impact and isinstance(family, Restoring):
         found["evaluations"]["impact"] = len(family.order.units)

@@ -172,16 +172,16 @@ def _column(name: str, value: list[Any]) -> Any:
 
 
 def merge_flops(spot: Spot, sources: Sources) -> float:
-    """Return the FLOPs of a merge: 8 an element that is moved, an SVD a matrix for dg_hard (Golub & Van Loan)."""
+    """Return the FLOPs of a merge: 8 an element that is moved, an SVD or two a matrix for dg_hard and intruders."""
     total = 0.0
     for name, info in sources.tuned.layout.items():
         kernel = spot.plan.action(name, len(info.shape)).kernel
         if not info.is_merged or kernel in ("keep", "restore"):
             continue
         total += 8.0 * math.prod(info.shape)
-        if kernel == "dg_hard" and len(info.shape) == 2:
+        if kernel in ("dg_hard", "reduce_intruders") and len(info.shape) == 2:
             small, large = sorted(info.shape)
-            total += 14.0 * small * small * large + 8.0 * small**3
+            total += (2 if kernel == "reduce_intruders" else 1) * (14.0 * small * small * large + 8.0 * small**3)
     return total
 
 
