@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -157,6 +158,13 @@ def run(
     device: DeviceOption = "auto",
     mlflow: MlflowOption = "sqlite",
     checkpoint_seconds: Annotated[float, typer.Option(help="Seconds between resume states.")] = 60.0,
+    moments: Annotated[
+        str | None,
+        typer.Option(
+            help="Write Adam's second moments beside every release, for `clbench merge`: full, or rank1.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a method through a track and measure every stage; run it again to go on after a kill."""
@@ -168,7 +176,9 @@ def run(
     for one in loaded.seeds if all_seeds else seed or [0]:
         components = [registry.make_method(spec) for spec in method]
         words = ["clbench", "run", "--track", track, *(w for m in method for w in ("--method", m)), "--seed", str(one)]
+        words += ["--moments", moments] if moments else []
         place = _place(out, device, mlflow, checkpoint_seconds=checkpoint_seconds, command=shlex.join(words))
+        place = replace(place, moments=moments)
         stores.append(running.execute(loaded, components, seed=one, place=place))
     _show(stores, as_json=as_json)
 

@@ -18,10 +18,30 @@ if TYPE_CHECKING:
 
 def merge(
     base: Annotated[Path, typer.Option(help="Folder of the model before training.", show_default=False)],
-    tuned: Annotated[Path, typer.Option(help="Folder of the model after training.", show_default=False)],
+    tuned: Annotated[
+        Path | None, typer.Option(help="Folder of the model after training.", show_default="--checkpoints' newest")
+    ] = None,
     method: Annotated[
-        str, typer.Option("--method", "-m", help="spear-mm, wise-ft, slerp, dg-hard, trim, dare, breadcrumbs, graft.")
+        str,
+        typer.Option(
+            "--method",
+            "-m",
+            help="spear-mm, wise-ft, slerp, dg-hard, trim, dare, breadcrumbs, graft, intruders, learned-alpha; "
+            "of several experts ota; of checkpoints soup, greedy-soup, mwa.",
+        ),
     ] = "spear-mm",
+    expert: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--expert",
+            help="ota, learned-alpha: another tuned model; several are given one by one.",
+            show_default=False,
+        ),
+    ] = None,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(help="Soups: a run folder; its releases are averaged, with the base.", show_default=False),
+    ] = None,
     domain: Annotated[
         str | None,
         typer.Option(
@@ -57,9 +77,22 @@ def merge(
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="spear-mm: restore embeddings, last norm and output layer, too.")
     ] = False,
-    moments: Annotated[
-        Path | None, typer.Option(help="graft: a resume state's optimizer.safetensors.", show_default=False)
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(help="A suite of questions for the general side, such as general:size=small.", show_default=False),
     ] = None,
+    moments: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="graft, ota: Adam's second moments of tuned and each expert: a run, a release or a file.",
+            show_default=False,
+        ),
+    ] = None,
+    mix: Annotated[float, typer.Option(help="learned-alpha: share of general text in what it learns on.")] = 0.5,
+    learn_tokens: Annotated[int, typer.Option(min=1, help="learned-alpha: tokens of each text, none measured.")] = 8192,
+    learn_steps: Annotated[int, typer.Option(min=1, help="learned-alpha: steps of Adam.")] = 20,
+    power: Annotated[float, typer.Option(help="mwa: weights are loss to the power of minus this.")] = 4.0,
+    no_base: Annotated[bool, typer.Option("--no-base", help="Soups: leave the base out.")] = False,
     ledger: Annotated[
         Path | None,
         typer.Option(help="The tuned run's ledger.json, to compare the cost.", show_default="beside RUN/release"),
@@ -82,9 +115,12 @@ def merge(
     """Undo forgetting: restore as much of the base as a wanted retention needs, and keep the most domain gain.
 
     Exit code 1: no merge keeps so much; nothing is written.
+
+    Example: clbench merge --base BASE --tuned RUN/release/stage-05 --domain mine.jsonl --general old.jsonl -o merged
     """
     from clbench.merge import job
 
+    tuned, experts = _models(tuned, expert, checkpoints)
     options = job.Options(
         base=base,
         tuned=tuned,
@@ -105,7 +141,14 @@ def merge(
         **({"strengths": tuple(strength)} if strength else {}),
         interp=interp,
         embeddings=embeddings,
-        moments=moments,
+        experts=experts,
+        moments=tuple(moments or ()),
+        suites=tuple(suite or ()),
+        mix=mix,
+        n_learn_tokens=learn_tokens,
+        n_learn_steps=learn_steps,
+        power=power,
+        soup_base=not no_base,
         ledger=ledger,
         seed=seed,
         device=device,
@@ -124,6 +167,21 @@ def merge(
         raise typer.Exit(1)
     if out is None and not as_json:
         typer.echo("No model was written; give --out FOLDER.")
+
+
+def _models(tuned: Path | None, expert: list[Path] | None, checkpoints: Path | None) -> tuple[Path, tuple[Path, ...]]:
+    """Return the tuned model and the others; of a run the newest checkpoint and the older ones."""
+    from clbench.errors import ConfigError
+    from clbench.merge.soups import checkpoints_of
+
+    if checkpoints is None:
+        if tuned is None:
+            raise ConfigError("there is no tuned model", mend="give --tuned FOLDER, or --checkpoints RUN for a soup")
+        return tuned, tuple(expert or ())
+    if tuned is not None or expert:
+        raise ConfigError("--checkpoints brings its own models", mend="leave --tuned and --expert out")
+    *older, newest = checkpoints_of(checkpoints)
+    return newest, tuple(older)
 
 
 def _json(value: Any) -> None:
@@ -161,13 +219,20 @@ def show(result: Result) -> None:
         table.add_column("%", overflow="fold")
         for name in ("general retention", "domain gain kept", "undone"):
             table.add_column(name, justify="right", no_wrap=True)
+        names = list(facts["points"][0]["standing"]["scores"])
+        for name in names:
+            table.add_column(name, justify="right", overflow="fold")
         table.add_column("", no_wrap=True)
         for point in facts["points"]:
             standing = point["standing"]
             role = "chosen" if point["chosen"] else "front" if point["front"] else point["role"].replace("walk", "")
             shares = [_share(standing["general"]), _share(standing["domain"]), _share({"value": standing["recovered"]})]
-            table.add_row(point["label"], *shares, role)
+            scores = [_score(standing["scores"][name]) for name in names]
+            table.add_row(point["label"], *shares, *scores, role)
         console.print(table)
+        console.print("general and domain: bits per byte (nats per token); of suites: accuracy", style="dim")
+    for name, why in facts["left_out"].items():
+        console.print(f"{name} does not count: {why}", style="dim", soft_wrap=True)
     for by, one in facts["agreement"].items():
         rho = "undefined: " + one["reason"] if one["rho"] is None else f"{one['rho']:+.2f}"
         console.print(f"Spearman of {by} with each unit's own effect: {rho}", soft_wrap=True)
@@ -187,10 +252,20 @@ def _share(one: dict[str, Any]) -> str:
     return f"{100 * one['value']:.1f}{bounds}"
 
 
+def _score(score: dict[str, float]) -> str:
+    """Return bits per byte with nats per token beside them, or an accuracy."""
+    if "score" in score:
+        return f"{100 * score['score']:.1f} %"
+    return f"{score['bits_per_byte']:.3f} ({score['nats_per_token']:.3f})"
+
+
 def _bill(bill: dict[str, Any]) -> str:
     total, search = bill["search_total"], bill["search"]
     cost = f"{total['flops'] / 1e9:,.1f} GFLOP, {total['seconds']:.1f} s"
     line = f"{search['evaluations']} evaluations, {search['tokens']:,} tokens, {cost}"
+    if learning := bill.get("learning"):
+        falls = learning["losses_nats"]
+        line += f"; of these {learning['tokens']:,} tokens of learning (loss {falls[0]:.3f} to {falls[-1]:.3f} nats)"
     if (less := bill.get("cost_reduction_flops")) is not None:
         line += f"; {100 * less:.1f} % fewer FLOPs than retraining for each of {bill['n_points']} points"
     return line

@@ -45,6 +45,8 @@ class Place:
     sinks: tuple[Sink, ...] = ()
     checkpoint_seconds: float = 60.0
     command: str = ""
+    moments: str | None = None
+    """Write the optimizer's second moments beside every release: full, or rank1."""
 
 
 def slug(text: str) -> str:
@@ -88,6 +90,8 @@ def execute(track: Track, components: Sequence[Component], *, seed: int, place: 
     composed = Composed([component.method for component in components])
     for stage in plan_stages(track, stream, seed)[:1]:
         composed.plan(stage)  # components that cannot be composed are refused before anything is written
+    if place.moments is not None:
+        check_moments(place.moments, composed)
     label = label_of(components)
     folder = run_folder(place.runs_root, track, label, seed)
     with exclusive(folder, mend="wait for it, or give another folder with --out"):
@@ -96,6 +100,21 @@ def execute(track: Track, components: Sequence[Component], *, seed: int, place: 
         with reporting_failure(store):
             _train_and_measure(track, composed, seed, place, stream, hardware, base, store)
     return store
+
+
+def check_moments(form: str, method: Composed) -> None:
+    """Refuse moments that no merge could use, before anything is written.
+
+    Raises:
+        ConfigError: an unknown form, or a method whose trained parameters are not the released weights.
+    """
+    from clbench.merge.moments import FORMS
+
+    if form not in FORMS:
+        raise ConfigError(f"moments of form {form!r} are unknown", mend=f"give {' or '.join(FORMS)}")
+    if names := [one.name for one in method.components if one.overrides("attach")]:
+        mend = "leave --moments out, or train all weights"
+        raise ConfigError(f"with {names[0]} the moments are those of adapters, not of the released weights", mend=mend)
 
 
 def _train_and_measure(
@@ -133,6 +152,7 @@ def _train_and_measure(
                     progress=bar,
                     warn=console.warn,
                     checkpoint_seconds=place.checkpoint_seconds,
+                    moments=place.moments,
                 )
             )
         store.write_ledger(bill.as_dict())

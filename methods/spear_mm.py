@@ -33,7 +33,11 @@ class SpearMm(merging.Merging):
         s: float | None = None
         """How far they are restored, from 0 (trained) to 1 (base), instead of the policy's."""
         choose: str = "spear"
-        """Which first: spear, a part of it (swci, svdr, drift), or a control (bottom, random, first, last, uniform)."""
+        """Which first: spear, a part (swci, svdr, drift), or a control (bottom, random, first, last, uniform,
+        checkfree).
+
+        checkfree takes the blocks around those of spear in the place of the base.
+        """
         mix: float = 0.5
         """Share of SWCI in the score; the rest is SVDR."""
         snr: Literal["calibrated", "spectrum"] = "calibrated"
@@ -54,7 +58,7 @@ class SpearMm(merging.Merging):
 
         super().__init__(options)
         self.policy = select.policy_of(self.options.policy, self.options.q, self.options.s)
-        check_choice("spear_mm", "choose", self.options.choose, (*select.CHOICES, "uniform"))
+        check_choice("spear_mm", "choose", self.options.choose, (*select.CHOICES, "uniform", "checkfree"))
         check_range("spear_mm", "mix", self.options.mix, 0, 1)
 
     def merge(self, ctx: Context, tuned: Weights, base: Weights) -> Weights:
@@ -62,7 +66,7 @@ class SpearMm(merging.Merging):
         from clbench.merge import scores, select
 
         options, by = self.options, self.options.choose
-        by = "spear" if by == "uniform" else by
+        by = "spear" if by in ("uniform", "checkfree") else by
         # Spectra are computed at every release: what is billed must not depend on whether the run was resumed.
         scorer = scores.Scorer(snr=options.snr, svdr=options.svdr, spectral=by in NEED_SPECTRA)
         found = scorer.score((name, base[name], w1) for name, w1 in tuned.items())
@@ -81,7 +85,25 @@ class SpearMm(merging.Merging):
         drops = [score.spectral.svdr > 0 for score in found if score.spectral is not None]
         if drops:  # where no spectrum has shrunk, half of the score says nothing
             ctx.note("svdr_above_0", sum(drops) / len(drops))
+        if options.choose == "checkfree":
+            return filled(tuned, [name for name in names if strengths[name]], self.policy.s)
         return merging.restored(tuned, base, strengths, options.interp)
+
+
+def filled(tuned: Weights, lost: list[str], s: float) -> Weights:
+    """Return tensors moved by s towards the mean of the nearest blocks that are kept (arXiv 2506.15461); base unused.
+
+    Tensors outside the blocks have no neighbours and stay tuned.
+    """
+    from clbench.merge import kernels, scores, select
+
+    found: Weights = {}
+    for name, near in select.surviving_neighbours(tuned, lost).items():
+        below, above = (
+            tuned[scores.sibling(name, near[side])] if side in near else None for side in ("below", "above")
+        )
+        found[name] = kernels.neighbours(tuned[name], below, above, s=s)
+    return found
 
 
 def note(ctx: Context, sizes: dict[str, int], strengths: dict[str, float]) -> None:

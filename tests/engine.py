@@ -42,7 +42,12 @@ def component(method: Method, name: str = "probe") -> Component:
 
 
 def run_tiny(
-    root: Path, methods: Sequence[str | Method] = ("sequential",), *, seed: int = 0, **training: Any
+    root: Path,
+    methods: Sequence[str | Method] = ("sequential",),
+    *,
+    seed: int = 0,
+    place: dict[str, Any] | None = None,
+    **training: Any,
 ) -> RunStore:
     """Run methods (names or objects) on the tiny track under ``root``."""
     track = tiny_track(**training)
@@ -50,5 +55,5 @@ def run_tiny(
     components = [
         registry.make_method(m) if isinstance(m, str) else component(m, type(m).__name__.lower()) for m in methods
     ]
-    place = Place(runs_root=root, device="cpu", checkpoint_seconds=0.0)
-    return execute(track, components, seed=seed, place=place)
+    where = Place(runs_root=root, device="cpu", checkpoint_seconds=0.0, **(place or {}))
+    return execute(track, components, seed=seed, place=where)

@@ -1,8 +1,9 @@
 """How good a merge is: a judge measures a model, here by its losses on general and on domain documents.
 
 A ``Judge`` returns rows, one an item, of several benchmarks, each on the general or on the domain side: losses of
-documents now, accuracies of questions where another judge is written. Weights go into one model that stays in memory;
-no folder is written for a candidate. What the rows say about retention stands in ``outcome``.
+documents (``LossJudge``), accuracies of a suite's questions (``SuiteJudge``), or both (``JointJudge``). Weights go into
+one model that stays in memory; no folder is written for a candidate. What the rows say about retention stands in
+``outcome``.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import hashlib
 import json
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from clbench import registry
 from clbench.build import stream_folder
@@ -64,7 +67,11 @@ class Judge(ABC):
 
     @abstractmethod
     def measure(self, checkpoint: Checkpoint) -> Rows:
-        """Return one row an item; ``stage`` is the place of its benchmark in ``benchmarks``."""
+        """Return the raw rows of all items, which are kept."""
+
+    def read(self, rows: Rows) -> tuple[tuple[Benchmark, ...], Rows]:
+        """Return the benchmarks that raw rows are of, and one row an item: ``stage`` is its benchmark's place."""
+        return self.benchmarks, rows
 
     @abstractmethod
     def cost(self, checkpoint: Checkpoint) -> tuple[int, float]:
@@ -96,6 +103,104 @@ class LossJudge(Judge):
     def cost(self, checkpoint: Checkpoint) -> tuple[int, float]:
         """Return (tokens, FLOPs) of one measurement."""
         return sum(text.n_tokens for text in self.texts.values()), float(self.suite.flops(checkpoint))
+
+
+class SuiteJudge(Judge):
+    """Accuracies of a suite's questions: every group of rows of metric ``acc`` is a benchmark of its own.
+
+    Which groups there are, and how often guessing is right (rows of metric ``chance``), the suite's rows say.
+
+    Args:
+        spec: a suite as ``clbench.registry.make_suite`` reads it, one that needs no stream.
+        side: where its benchmarks count.
+    """
+
+    ACCURACY, CHANCE = "acc", "chance"
+
+    def __init__(self, spec: str, *, side: Side = "general") -> None:
+        self.spec, self.side, self.benchmarks = spec, side, ()
+        self.suite = registry.make_suite(spec)
+        self.sha256 = digest_of([side, self.suite.sha256(), self.suite.data_sha256()])
+
+    def measure(self, checkpoint: Checkpoint) -> Rows:
+        """Return the suite's rows."""
+        return self.suite.measure(checkpoint)
+
+    def read(self, rows: Rows) -> tuple[tuple[Benchmark, ...], Rows]:
+        """Return a benchmark a group, in the order of their first rows, and its questions.
+
+        Raises:
+            ConfigError: the suite measures no accuracy.
+        """
+        groups = list(dict.fromkeys(g for g, metric in zip(rows.group, rows.metric, strict=True) if metric == "acc"))
+        if not groups:
+            found = ", ".join(sorted(set(rows.metric))) or "nothing"
+            raise ConfigError(
+                f"its rows have no metric {self.ACCURACY}, they have {found}",
+                where=f"suite {self.spec}",
+                mend="give a suite of questions",
+            )
+        chances: dict[str, list[float]] = {group: [] for group in groups}
+        for group, metric, value in zip(rows.group, rows.metric, rows.value, strict=True):
+            if metric == self.CHANCE and group in chances:
+                chances[group].append(float(value))
+        benchmarks = tuple(
+            Benchmark(
+                name=group,
+                side=self.side,
+                lower_is_better=False,
+                chance=sum(chances[group]) / len(chances[group]) if chances[group] else 0.0,
+            )
+            for group in groups
+        )
+        place = {group: number for number, group in enumerate(groups)}
+        items = _chosen(rows, [metric == self.ACCURACY for metric in rows.metric])
+        return benchmarks, replace(items, stage=np.array([place[g] for g in items.group], dtype=np.int64))
+
+    def cost(self, checkpoint: Checkpoint) -> tuple[int, float]:
+        """Return (0, FLOPs): a suite does not say how many tokens its questions have."""
+        return 0, float(self.suite.flops(checkpoint))
+
+
+class JointJudge(Judge):
+    """Several judges as one: the benchmarks of all, in their order."""
+
+    def __init__(self, judges: Sequence[Judge]) -> None:
+        self.judges = tuple(judges)
+        self.benchmarks = ()
+        self.sha256 = digest_of([judge.sha256 for judge in judges])
+
+    def measure(self, checkpoint: Checkpoint) -> Rows:
+        """Return the raw rows of all; ``change`` says whose they are."""
+        parts = [judge.measure(checkpoint) for judge in self.judges]
+        return Rows.joined([replace(part, change=[str(n)] * len(part.item)) for n, part in enumerate(parts)])
+
+    def read(self, rows: Rows) -> tuple[tuple[Benchmark, ...], Rows]:
+        """Return the benchmarks of all judges and their items."""
+        benchmarks: list[Benchmark] = []
+        parts = []
+        for number, judge in enumerate(self.judges):
+            own, items = judge.read(_chosen(rows, [owner == str(number) for owner in rows.change]))
+            parts.append(replace(items, stage=items.stage + len(benchmarks)))
+            benchmarks += own
+        if twice := sorted({one.name for one in benchmarks if [b.name for b in benchmarks].count(one.name) > 1}):
+            raise ConfigError(f"two benchmarks are called {twice[0]!r}", mend="give each suite once")
+        return tuple(benchmarks), Rows.joined(parts)
+
+    def cost(self, checkpoint: Checkpoint) -> tuple[int, float]:
+        """Return the sum of (tokens, FLOPs)."""
+        costs = [judge.cost(checkpoint) for judge in self.judges]
+        return sum(n for n, _ in costs), sum(flops for _, flops in costs)
+
+
+def _chosen(rows: Rows, wanted: Sequence[bool]) -> Rows:
+    """Return some of the rows."""
+    places = np.flatnonzero(np.asarray(wanted, dtype=bool))
+    columns = {
+        name: value[places] if isinstance(value, np.ndarray) else [value[i] for i in places]
+        for name, value in vars(rows).items()
+    }
+    return Rows(**columns)
 
 
 class _Pair(Stream):
@@ -173,13 +278,21 @@ def read_text(place: str, side: Side, *, column: str = "text") -> Text:
     return Text(name=place, ids=[name for name, _ in found], documents=[text for _, text in found], n_found=len(found))
 
 
-def draw(text: Text, tokenizer: Any, n_tokens: int) -> Text:
+def draw(text: Text, tokenizer: Any, n_tokens: int, *, without: Collection[str] = ()) -> Text:
     """Return documents in an order that their ids decide, until there are so many tokens; counted by a tokenizer.
+
+    Args:
+        text: to draw from.
+        tokenizer: counts.
+        n_tokens: how many are wanted.
+        without: ids of documents that are not drawn.
 
     Raises:
         ConfigError: the first documents are so long that there are too few.
     """
-    order = sorted(range(len(text.ids)), key=lambda i: hashlib.sha256(text.ids[i].encode()).digest())
+    taken = set(without)
+    free = [i for i, name in enumerate(text.ids) if name not in taken]
+    order = sorted(free, key=lambda i: hashlib.sha256(text.ids[i].encode()).digest())
     chosen, total = list[int](), 0
     for place in order:
         if total >= n_tokens and len(chosen) >= MIN_DOCUMENTS:
@@ -189,7 +302,9 @@ def draw(text: Text, tokenizer: Any, n_tokens: int) -> Text:
             chosen.append(place)
             total += n
     if len(chosen) < MIN_DOCUMENTS:
-        raise ConfigError(f"{len(chosen)} documents have tokens", where=text.name, mend="give more text")
+        beside = " beside those that are measured" if without else ""
+        what = f"{len(chosen)} documents have tokens{beside}, {MIN_DOCUMENTS} are needed"
+        raise ConfigError(what, where=text.name, mend="give more text" + (", or fewer --tokens" if without else ""))
     chosen.sort()
     return Text(
         name=text.name,

@@ -1,15 +1,16 @@
 """Running a merge plan, tensor by tensor: on live weights, or from folder to folder.
 
-Both ways use the same kernels, so their results are equal to the bit, whatever the shards are. Memory: one tensor of
-each model, the result, and what the kernel needs (SLERP and LERP nothing; an SVD a few fp32 copies).
+Both ways use the same kernels, so their results are equal to the bit, whatever the shards are. Memory: two tensors of
+each model and their results, and what the kernel needs (SLERP and LERP nothing; an SVD a few fp32 copies).
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from clbench.errors import ConfigError
 from clbench.files import atomic_folder, write_json
 from clbench.merge import kernels
 from clbench.merge.plan import KEEP, Action, MergePlan
+from clbench.merge.scores import sibling
 from clbench.merge.tensors import (
     ShardWriter,
-    TensorInfo,
     TensorSource,
     beside_the_weights,
     check_compatible,
@@ -49,12 +50,24 @@ class Sources:
     others: tuple[TensorSource, ...] = ()
     """Other models that started from the base."""
     moments: TensorSource | None = None
-    """Second moments as ``exp_avg_sq/NAME``, or what ``compress_moments`` makes of them."""
+    """Second moments of the tuned model as ``exp_avg_sq/NAME``, or what ``compress_moments`` makes of them."""
+    other_moments: tuple[TensorSource, ...] = ()
+    """Those of the other models, in their order."""
 
     @property
     def models(self) -> tuple[TensorSource, ...]:
         """Tuned, base and others."""
         return self.tuned, self.base, *self.others
+
+    @property
+    def experts(self) -> tuple[TensorSource, ...]:
+        """Tuned and others."""
+        return self.tuned, *self.others
+
+    def moments_of(self, expert: int) -> TensorSource | None:
+        """Return the second moments of an expert, 0 is the tuned model."""
+        known = (self.moments, *self.other_moments)
+        return known[expert] if expert < len(known) else None
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,12 @@ class Prepared:
         for model in self.sources.models:
             for one in {name, self.tied.get(name, name)}:
                 model.done(one)
+        for one in around(name, self.actions[name]).values():
+            self.sources.tuned.done(one)
+        for expert in range(len(self.sources.experts)):
+            moments = self.sources.moments_of(expert)
+            if moments is not None and MOMENT + name in moments.layout:
+                moments.done(MOMENT + name)
 
 
 def prepare(plan: MergePlan, sources: Sources, *, mixed_dtypes: bool = False) -> Prepared:
@@ -104,8 +123,31 @@ def _check_action(name: str, action: Action, sources: Sources) -> None:
         raise ConfigError("ties of several models needs weights", mend="give one for the tuned and each other model")
     if (action.kernel == "nuslerp" and n_models != 2) or (action.kernel == "model_stock" and n_models < 2):
         raise ConfigError(f"{action.kernel} needs another tuned model", mend="give one, or use lerp")
-    if action.kernel == "graft" and sources.tuned.layout[name].is_merged:
-        _moment_place(name, sources)
+    if action.kernel == "neighbours":
+        _check_neighbours(name, action, sources)
+    if action.kernel == "mean":
+        shares = action.options["shares"]
+        if isinstance(shares, list | tuple) and len(shares) != 1 + n_models:
+            mend = "give base, tuned and each other one"
+            raise ConfigError(f"mean has {len(shares)} shares for {1 + n_models} models ({name})", mend=mend)
+    if action.kernel in ("graft", "ota") and sources.tuned.layout[name].is_merged:
+        for expert in range(n_models if action.kernel == "ota" else 1):
+            _moment_place(name, sources, expert)
+
+
+def _check_neighbours(name: str, action: Action, sources: Sources) -> None:
+    layout, found = sources.tuned.layout, around(name, action)
+    if not found:
+        raise ConfigError(f"neighbours of {name} are not named", mend="give below, above or both")
+    for other in found.values():
+        if other not in layout or layout[other].shape != layout[name].shape:
+            raise ConfigError(f"{sources.tuned.name} has no {other} like {name}", mend="name a block of equal make")
+
+
+def around(name: str, action: Action) -> dict[str, str]:
+    """Return the tensors that ``neighbours`` reads besides: ``below`` and ``above``, those that its options name."""
+    found = {side: action.options[side] for side in ("below", "above") if side in action.options}
+    return {side: sibling(name, int(block)) for side, block in found.items() if isinstance(block, int | float)}
 
 
 def apply(action: Action, name: str, sources: Sources, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -114,6 +156,9 @@ def apply(action: Action, name: str, sources: Sources, out: torch.Tensor | None 
     w1 = sources.tuned.read(name)
     if action.kernel == "keep":
         return w1
+    if action.kernel == "neighbours":
+        near = {side: sources.tuned.read(other) for side, other in around(name, action).items()}
+        return kernels.neighbours(w1, near.get("below"), near.get("above"), **_without(options, "below", "above"))
     w0 = sources.base.read(name).to(w1.device)
     if action.kernel in ("lerp", "slerp", "restore"):
         path = kernels.slerp if action.kernel == "slerp" else kernels.lerp
@@ -121,7 +166,9 @@ def apply(action: Action, name: str, sources: Sources, out: torch.Tensor | None 
     others = [one.read(name).to(w1.device) for one in sources.others]
     if action.kernel == "nuslerp":
         return kernels.nuslerp(w1, w0, others[0], **options)
-    if action.kernel in ("task_arithmetic", "ties", "model_stock"):
+    if action.kernel in ("task_arithmetic", "ties", "model_stock", "mean", "ota"):
+        if action.kernel == "ota":
+            options["moments"] = [read_moment(name, sources, n).to(w1.device) for n in range(1 + len(others))]
         several: Callable[..., torch.Tensor] = getattr(kernels, action.kernel)
         return several(w1, w0, others, **options)
     if action.kernel == "dare":
@@ -132,16 +179,22 @@ def apply(action: Action, name: str, sources: Sources, out: torch.Tensor | None 
     return single(w1, w0, **options)
 
 
-def _moment_place(name: str, sources: Sources) -> str:
-    if sources.moments is None:
-        raise ConfigError("graft needs Adam's second moments", mend="give the resume state of the tuned model")
-    layout, shape = sources.moments.layout, sources.tuned.layout[name].shape
+def _without(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in names}
+
+
+def _moment_place(name: str, sources: Sources, expert: int = 0) -> str:
+    moments = sources.moments_of(expert)
+    if moments is None:
+        model = sources.experts[expert].name
+        raise ConfigError(f"Adam's second moments of {model} are missing", mend="give the moments of every expert")
+    layout, shape = moments.layout, sources.tuned.layout[name].shape
     if MOMENT + name in layout:
         found = layout[MOMENT + name].shape
     elif ROW + name in layout and COLUMN + name in layout:
         found = layout[ROW + name].shape + layout[COLUMN + name].shape
     else:
-        raise ConfigError(f"{sources.moments.name} has no second moments of {name}", mend="only AdamW keeps them")
+        raise ConfigError(f"{moments.name} has no second moments of {name}", mend="only AdamW keeps them")
     if found != shape:
         raise ConfigError(
             f"second moments of {name} have shape {found}, the weights {shape}", mend="give the same run's"
@@ -149,9 +202,9 @@ def _moment_place(name: str, sources: Sources) -> str:
     return MOMENT if MOMENT + name in layout else ROW
 
 
-def read_moment(name: str, sources: Sources) -> torch.Tensor:
+def read_moment(name: str, sources: Sources, expert: int = 0) -> torch.Tensor:
     """Return the second moments of a tensor, made from their row and column sums where only those are kept."""
-    place, moments = _moment_place(name, sources), sources.moments
+    place, moments = _moment_place(name, sources, expert), sources.moments_of(expert)
     assert moments is not None
     if place == MOMENT:
         return moments.read(MOMENT + name)
@@ -170,14 +223,14 @@ def compress_moments(moments: Weights) -> Weights:
     return small
 
 
-def graft_threshold(sources: Sources, density: float) -> float:
-    """Return the saliency threshold that leaves this share of the whole model's weights tuned."""
+def graft_threshold(sources: Sources, density: float, expert: int = 0) -> float:
+    """Return the saliency threshold that leaves this share of an expert's weights tuned, over the whole model."""
 
     def stream() -> Iterator[torch.Tensor]:
         for name, info in sources.tuned.layout.items():
             if info.is_merged:
-                w1, w0 = sources.tuned.read(name), sources.base.read(name)
-                yield kernels.saliency(w1, w0.to(w1.device), read_moment(name, sources).to(w1.device))
+                w1, w0 = sources.experts[expert].read(name), sources.base.read(name)
+                yield kernels.saliency(w1, w0.to(w1.device), read_moment(name, sources, expert).to(w1.device))
                 for model in sources.models:
                     model.done(name)
 
@@ -214,6 +267,7 @@ def merge_folder(
     *,
     shard_bytes: int = 5_000_000_000,
     hash_inputs: bool = True,
+    weights_sha256: Sequence[str] | None = None,
     mixed_dtypes: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -228,6 +282,7 @@ def merge_folder(
         out: the folder to make.
         shard_bytes: the largest size of a shard.
         hash_inputs: note digests of all inputs; reads every tensor of every model.
+        weights_sha256: those digests (``layout_sha256``), in the order of ``sources.models``, where they are known.
         mixed_dtypes: allow inputs of different floating types.
         overwrite: replace ``out`` where it exists.
         progress: called with (bytes done, bytes in all).
@@ -242,14 +297,15 @@ def merge_folder(
     with atomic_folder(out) as temporary:
         writer = ShardWriter(temporary, sources.tuned.layout, shard_bytes=shard_bytes)
         try:
-            digests = _write_all(prepared, writer, hash_inputs, progress)
+            digests = _write_all(prepared, writer, hash_inputs and weights_sha256 is None, progress)
             writer.close()
         finally:
             writer.abort()
         if sources.tuned.folder is not None:
             for file in beside_the_weights(sources.tuned.folder):
                 shutil.copyfile(file, temporary / file.name)
-        note = _note(plan, prepared, digests)
+        known = list(weights_sha256 or map(_digest, sources.models, digests))
+        note = _note(plan, prepared, known)
         write_json(temporary / PLAN_FILE, note)
     return note
 
@@ -274,36 +330,75 @@ def _write_all(
     prepared: Prepared, writer: ShardWriter, hash_inputs: bool, progress: Progress | None
 ) -> list[dict[str, str]]:
     """Write every tensor; returns the digests of the inputs' tensors, model by model."""
-    models, layout = prepared.sources.models, prepared.sources.tuned.layout
-    digests: list[dict[str, str]] = [{} for _ in models]
-    total, done = sum(info.n_bytes for info in layout.values()), 0
-    scratch = Scratch(layout)
-    with ThreadPoolExecutor(max_workers=len(models)) as pool:
-        for name in writer.order:
-            hashing = list(models) if hash_inputs else []
-            waiting = [pool.submit(tensor_sha256, model.read(name)) for model in hashing]  # beside the arithmetic
-            writer.write(name, prepared.compute(name, scratch.like(layout[name])))
-            for found, future in zip(digests, waiting, strict=False):
-                found[name] = future.result()
-            prepared.release(name)
-            done += layout[name].n_bytes
-            if progress:
-                progress(done, total)
-    return digests
+    flow = Flow(prepared, writer, hash_inputs=hash_inputs, progress=progress)
+    with flow:
+        for turn, name in enumerate(writer.order):
+            flow.put(name, prepared.compute(name, flow.room(turn)))
+    return flow.digests
 
 
-class Scratch:
-    """One piece of memory that every result is written to: fresh memory for each costs as much as the arithmetic."""
+class Flow:
+    """Writes and hashes a tensor while the next one is computed; two are under way at most.
 
-    def __init__(self, layout: Mapping[str, TensorInfo]) -> None:
-        self.bytes = torch.empty(max((i.n_bytes for i in layout.values() if i.is_merged), default=0), dtype=torch.uint8)
+    Results are computed in two pieces of memory by turns: fresh memory for each costs as much as the arithmetic.
+    """
 
-    def like(self, info: TensorInfo) -> torch.Tensor | None:
-        """Return a tensor of this type and shape; what it held before is lost."""
-        return self.bytes[: info.n_bytes].view(info.dtype).reshape(info.shape) if info.is_merged else None
+    def __init__(
+        self, prepared: Prepared, writer: ShardWriter, *, hash_inputs: bool, progress: Progress | None = None
+    ) -> None:
+        self.prepared, self.writer, self.progress = prepared, writer, progress
+        self.models = prepared.sources.models
+        self.hashed = self.models if hash_inputs else ()
+        self.digests: list[dict[str, str]] = [{} for _ in self.models]
+        self._layout = prepared.sources.tuned.layout
+        infos = [self._layout[name] for name in writer.order]
+        sizes = (max((i.n_bytes for i in infos[first::2] if i.is_merged), default=0) for first in (0, 1))
+        self._rooms = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        self._total, self._done = sum(info.n_bytes for info in infos), 0
+        self._waiting: deque[tuple[str, Future[None], list[Future[str]]]] = deque()
+        self._writing = ThreadPoolExecutor(max_workers=1)  # one: tensors stand in the file in their order
+        self._hashing = ThreadPoolExecutor(max_workers=len(self.models))
+
+    def __enter__(self) -> Flow:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            while self._waiting and kind is None:
+                self._settle()
+        finally:
+            self._writing.shutdown(cancel_futures=True)
+            self._hashing.shutdown(cancel_futures=True)
+
+    def room(self, turn: int) -> torch.Tensor | None:
+        """Return memory for the result of a turn, once what was there before is written; None where it is copied."""
+        while len(self._waiting) > 1:
+            self._settle()
+        info = self._layout[self.writer.order[turn]]
+        room = self._rooms[turn % 2]
+        return room[: info.n_bytes].view(info.dtype).reshape(info.shape) if info.is_merged else None
+
+    def put(self, name: str, result: torch.Tensor) -> None:
+        """Begin to write a tensor, and to hash what it was made from."""
+        hashes = [self._hashing.submit(tensor_sha256, model.read(name)) for model in self.hashed]
+        self._waiting.append((name, self._writing.submit(self.writer.write, name, result), hashes))
+
+    def _settle(self) -> None:
+        name, written, hashes = self._waiting.popleft()
+        written.result()
+        for found, digest in zip(self.digests, hashes, strict=False):
+            found[name] = digest.result()
+        self.prepared.release(name)
+        self._done += self._layout[name].n_bytes
+        if self.progress:
+            self.progress(self._done, self._total)
 
 
-def _note(plan: MergePlan, prepared: Prepared, digests: list[dict[str, str]]) -> dict[str, Any]:
+def _digest(source: TensorSource, digests: dict[str, str]) -> str | None:
+    return layout_sha256(source, digests) if digests else None
+
+
+def _note(plan: MergePlan, prepared: Prepared, digests: Sequence[str | None]) -> dict[str, Any]:
     """Return what was done, for ``merge_plan.json``; no paths of this machine."""
     sources, kernel_bytes = prepared.sources, dict[str, int]()
     for name, info in sources.tuned.layout.items():
@@ -315,10 +410,10 @@ def _note(plan: MergePlan, prepared: Prepared, digests: list[dict[str, str]]) ->
     return note | {"inputs": inputs, "tied": prepared.tied, "bytes_by_kernel": dict(sorted(kernel_bytes.items()))}
 
 
-def _input(source: TensorSource, digests: dict[str, str]) -> dict[str, Any]:
+def _input(source: TensorSource, digest: str | None) -> dict[str, Any]:
     return {
         "name": source.name,
-        "weights_sha256": layout_sha256(source, digests) if digests else None,
+        "weights_sha256": digest,
         "tokenizer_sha256": tokenizer_sha256(source.folder),
         "n_tensors": len(source.layout),
         "n_bytes": sum(info.n_bytes for info in source.layout.values()),

@@ -14,10 +14,12 @@ from typing import Any
 from clbench.errors import ConfigError
 from clbench.merge.execute import Sources, graft_threshold
 from clbench.merge.plan import KEEP, RESTORE, Action, MergePlan, Rule
-from clbench.merge.scores import Granularity
-from clbench.merge.select import Ordering, strengths_of, within
+from clbench.merge.scores import Granularity, block_number
+from clbench.merge.select import Ordering, strengths_of, surviving_neighbours, within
 
-METHODS = ("spear-mm", "wise-ft", "slerp", "dg-hard", "trim", "dare", "breadcrumbs", "graft")
+PATHS = ("wise-ft", "slerp", "dg-hard", "trim", "dare", "breadcrumbs", "graft", "intruders", "ota")
+SOUPS = ("soup", "greedy-soup", "mwa")
+METHODS = ("spear-mm", *PATHS, "learned-alpha", *SOUPS)
 N_LEVELS = 64
 """Steps of a path, the finest that is looked at."""
 GAMMA = 0.01
@@ -52,19 +54,21 @@ class Path(Family):
     """A method with one number: s, 0 is the tuned model and 1 the base.
 
     ``trim``, ``dare``, ``breadcrumbs`` and ``graft`` keep the share ``1 - s`` of the change's entries. ``dg-hard`` has
-    ``scale = s / (1 - s)``: 1 in the middle; its end is the base.
+    ``scale = s / (1 - s)``: 1 in the middle; its end is the base. ``intruders`` takes the share s of the intruder
+    dimensions away, so its end is not the base. ``ota`` merges several experts and gives each a say in the share
+    ``1 - s`` of its entries, so its beginning is not the tuned model.
 
     Args:
-        name: one of METHODS but ``spear-mm``.
-        sources: what is merged; ``graft`` needs its moments.
+        name: one of PATHS.
+        sources: what is merged; ``graft`` and ``ota`` need moments.
         seed: of ``dare``.
     """
 
     def __init__(self, name: str, sources: Sources, *, seed: int = 0) -> None:
-        if name not in METHODS or name == "spear-mm":
+        if name not in PATHS:
             raise ValueError(name)
-        if name == "graft" and sources.moments is None:
-            raise ConfigError("graft needs Adam's second moments", mend="give --moments STATE/optimizer.safetensors")
+        if name in ("graft", "ota") and sources.moments is None:
+            raise ConfigError(f"{name} needs Adam's second moments", mend="give --moments RUN of every expert")
         self.name, self.sources, self.seed = name, sources, seed
 
     def spot(self, q: float | None, s: float) -> Spot:
@@ -78,7 +82,7 @@ class Path(Family):
         if not 0 <= s <= 1:
             raise ConfigError(f"s={s} is no strength", mend="give a number from 0 (tuned) to 1 (base)")
         label = f"{self.name} s={s:.3g}"
-        if s in (0, 1):
+        if (s == 0 and self.name != "ota") or (s == 1 and self.name != "intruders"):
             return Spot(label, (BASE if s else TUNED).plan, {"s": s})
         return Spot(label, self._plan(s), {"s": s})
 
@@ -95,7 +99,54 @@ class Path(Family):
             return MergePlan(Action("dare", {"density": 1 - s, "seed": self.seed}))
         if self.name == "breadcrumbs":
             return MergePlan(Action("breadcrumbs", {"density": 1 - s, "gamma": GAMMA}))
+        if self.name == "intruders":
+            return self._intruders(1 - s)
+        if self.name == "ota":
+            if s == 0:
+                return MergePlan(Action("ota"))
+            n = len(self.sources.experts)
+            thresholds = [graft_threshold(self.sources, 1 - s, expert) for expert in range(n)]
+            return MergePlan(Action("ota", {"thresholds": thresholds}))
         return MergePlan(Action("graft", {"threshold": graft_threshold(self.sources, 1 - s)}))
+
+    def _intruders(self, factor: float) -> MergePlan:
+        """Return the plan for the matrices of the blocks, which are what adapters are put on, too."""
+        layout = self.sources.tuned.layout.items()
+        matrices = [name for name, i in layout if i.is_merged and len(i.shape) == 2 and block_number(name) is not None]
+        if not matrices:
+            raise ConfigError("no weight matrix in numbered blocks", mend="give a transformer's weights")
+        return MergePlan(
+            KEEP, tuple(Rule(f"={name}", Action("reduce_intruders", {"factor": factor})) for name in matrices)
+        )
+
+
+class Learned(Family):
+    """Shares that a little text has taught, see ``learn``: s = 1/2 is as learnt, 0 has no base and 1 is the base.
+
+    Args:
+        shares: unit -> share of base, tuned and others.
+    """
+
+    name = "learned-alpha"
+
+    def __init__(self, shares: Mapping[str, Sequence[float]]) -> None:
+        self.shares = shares
+
+    def spot(self, q: float | None, s: float) -> Spot:
+        """Return the merge at s.
+
+        Raises:
+            ConfigError: a q, or an s outside 0 to 1.
+        """
+        from clbench.merge.learn import moved_shares, plan_of
+
+        if q is not None or not 0 <= s <= 1:
+            raise ConfigError(f"{self.name} has no point q={q}, s={s}", mend="give -s alone, from 0 to 1")
+        n_ends = len(next(iter(self.shares.values())))
+        if s == 1 or (s == 0 and n_ends == 2):
+            return Spot(f"{self.name} s={s:.3g}", (BASE if s else TUNED).plan, {"s": s})
+        moved = moved_shares(self.shares, s)
+        return Spot(f"{self.name} s={s:.3g}", plan_of(moved, n_ends), {"s": s, "shares": moved})
 
 
 class Restoring(Family):
@@ -177,6 +228,16 @@ class Restoring(Family):
             exact = [rule for name in sorted(wanted) for rule in self._rules(f"={name}", [name], s)]
             plan = MergePlan(KEEP, tuple(exact))
         return plan
+
+    def checkfree(self, units: Sequence[str], s: float) -> MergePlan | None:
+        """Return the control that takes the blocks around the units in the place of the base; None: none are left."""
+        lost = [name for name, strength in strengths_of(self.dimensions, units, 1.0).items() if strength]
+        near = surviving_neighbours(self.dimensions, lost)
+        if not near or s == 0:
+            return None
+        return MergePlan(
+            KEEP, tuple(Rule(f"={name}", Action("neighbours", {"s": s, **blocks})) for name, blocks in near.items())
+        )
 
     def _rules(self, select: str, names: Sequence[str], s: float) -> list[Rule]:
         if s == 1:

@@ -19,16 +19,29 @@ import torch
 from clbench.errors import ConfigError, NotFoundError
 from clbench.files import atomic_folder, digest_of, read_json, sha256_file, write_json, write_text
 from clbench.home import home
-from clbench.merge import search
-from clbench.merge.evaluate import SIDES, Bench, LossJudge, Side, Text, draw, load_tokenizer, read_text
+from clbench.merge import learn, moments, search
+from clbench.merge.evaluate import (
+    SIDES,
+    Bench,
+    JointJudge,
+    Judge,
+    LossJudge,
+    Side,
+    SuiteJudge,
+    Text,
+    draw,
+    load_tokenizer,
+    read_text,
+)
 from clbench.merge.execute import Sources, merge_folder, remove_stale
-from clbench.merge.families import METHODS, TUNED, Family, Restoring, Spot
+from clbench.merge.families import METHODS, SOUPS, TUNED, Family, Learned, Restoring, Spot
 from clbench.merge.families import Path as PathFamily
 from clbench.merge.front import Point, cost_reduction, front
 from clbench.merge.outcome import Standing, Yardstick
 from clbench.merge.plan import to_mergekit_yaml
-from clbench.merge.scores import Granularity, Scorer, Spectra, TensorScore, flops_of
+from clbench.merge.scores import Granularity, Scorer, Spectra, TensorScore, flops_of, natural
 from clbench.merge.select import CHOICES, freeze_list, order_units, write_freeze_list
+from clbench.merge.soups import Soup
 from clbench.merge.tensors import (
     TensorSource,
     check_compatible,
@@ -72,7 +85,19 @@ class Options:
     strengths: tuple[float, ...] = search.STRENGTHS
     interp: str = "slerp"
     embeddings: bool = False
-    moments: Path | None = None
+    experts: tuple[Path, ...] = ()
+    """Other models that started from the base; of soups the older checkpoints."""
+    moments: tuple[Path, ...] = ()
+    """Adam's second moments of tuned and each expert: files, or what ``moments.find`` looks into."""
+    suites: tuple[str, ...] = ()
+    """Suites of questions, which are benchmarks of the general side."""
+    soup_base: bool = True
+    power: float = 4.0
+    """Of ``mwa``."""
+    mix: float = learn.MIX
+    """Share of general text in what shares are learnt on."""
+    n_learn_tokens: int = 8_192
+    n_learn_steps: int = learn.N_STEPS
     ledger: Path | None = None
     seed: int = 0
     device: str = "auto"
@@ -82,7 +107,7 @@ class Options:
     @property
     def is_fixed(self) -> bool:
         """Whether one point is asked for, and no search."""
-        return self.s is not None
+        return self.s is not None or self.method in SOUPS
 
     @property
     def has_texts(self) -> bool:
@@ -100,12 +125,15 @@ class Options:
         if not 0 < self.keep <= 1:
             raise ConfigError(f"--keep {self.keep:g} is no share", mend="give more than 0 and at most 1, such as 0.95")
         self._check_point()
+        self._check_several()
         if (self.domain is None) != (self.general is None):
             raise ConfigError("one text is not enough", mend="give both --domain and --general")
         if not (self.has_texts or self.is_fixed):
             raise ConfigError("a search needs text to measure on", mend="give --domain and --general, or a fixed -s")
-        if (self.controls or self.impact) and not self.has_texts:
-            raise ConfigError("controls are measured", mend="give --domain and --general")
+        if (self.controls or self.impact or self.suites) and not self.has_texts:
+            raise ConfigError("controls and suites are measured beside texts", mend="give --domain and --general")
+        if self.method in ("learned-alpha", "greedy-soup", "mwa") and not self.has_texts:
+            raise ConfigError(f"{self.method} reads text", mend="give --domain and --general")
         if self.out is not None and (self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir()))):
             raise ConfigError("there is something already", where=self.out, mend="choose another --out")
         self._check_method()
@@ -130,10 +158,24 @@ class Options:
             raise ConfigError("granularity is layer, module or tensor, interp slerp or lerp", mend="choose one of them")
         if not self._has_units and (self.freeze or self.impact):
             raise ConfigError("freeze lists and impacts are of spear-mm's units", mend="give --method spear-mm")
-        if self.mergekit and self.method in ("dg-hard", "graft", "dare"):
+        if self.mergekit and self.method in ("dg-hard", "graft", "dare", "ota", "intruders", *SOUPS):
             raise ConfigError(f"mergekit has no {self.method} like ours", mend="leave out --export-mergekit")
-        if self.method == "graft" and self.moments is None:
-            raise ConfigError("graft needs Adam's second moments", mend="give --moments STATE/optimizer.safetensors")
+
+    def _check_several(self) -> None:
+        """Refuse other models where the method has no use for them, and moments that do not fit their number."""
+        if self.experts and self.method not in ("ota", "learned-alpha", *SOUPS):
+            raise ConfigError(f"{self.method} has one tuned model", mend="give --method ota or learned-alpha")
+        n_wanted = {"graft": 1, "ota": 1 + len(self.experts)}.get(self.method, 0)
+        if len(self.moments) != n_wanted:
+            n = f"{len(self.moments)} --moments" if self.moments else "no --moments"
+            mend = "give --moments RUN of the tuned model and of every expert" if n_wanted else "leave them out"
+            raise ConfigError(f"{self.method} needs Adam's second moments of {n_wanted} models, and has {n}", mend=mend)
+        if self.method in SOUPS and self.s is not None:
+            raise ConfigError(f"{self.method} has no strength", mend="leave -s out")
+        if not 0 < self.mix < 1 or self.n_learn_steps < 1 or self.n_learn_tokens < 1:
+            raise ConfigError("learning needs a --mix between 0 and 1, steps and tokens", mend="mend them")
+        if not (math.isfinite(self.power) and self.power >= 0):
+            raise ConfigError(f"--power {self.power} is out of range", mend="give 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +202,9 @@ class Result:
     scores: list[TensorScore]
     scores_bill: dict[str, float]
     texts: dict[str, Text]
+    suites: list[SuiteJudge] = field(default_factory=list)
+    learning: dict[str, Any] = field(default_factory=dict)
+    """What learning shares cost and how its loss fell; empty for other methods."""
     yardstick: Yardstick | None = None
     desk: Desk | None = None
     walked: list[Measured] = field(default_factory=list)
@@ -170,6 +215,17 @@ class Result:
     retraining: Retraining | None = None
     standings: dict[str, Standing] = field(default_factory=dict)
     """Digest of the plan -> where it stands."""
+    _bench: Bench | None = None
+
+    def bench(self, tokenizer: Any) -> Bench:
+        """Return the model that takes the weights of all candidates, loaded once."""
+        if self._bench is None:
+            self._bench = Bench(self.sources, find_device(self.options.device), tokenizer)
+        return self._bench
+
+    def let_go(self) -> None:
+        """Give the memory of that model back; it is loaded again when something has to be measured."""
+        self._bench = None
 
     def points(self) -> list[dict[str, Any]]:
         """Return base, tuned and all points of the walk, then the controls, as JSON-able values."""
@@ -207,20 +263,22 @@ class Result:
         }
 
     def _spent(self, one: Measured) -> dict[str, float]:
-        """Return the cost of a point: its own, and an equal share of the scores."""
+        """Return the cost of a point: its own, and an equal share of the scores and of learning."""
         n = max(1, len(self.walked))
-        return {
-            unit: math.fsum(getattr(one, unit).values()) + self.scores_bill[unit] / n for unit in ("flops", "seconds")
-        }
+        return {unit: math.fsum(getattr(one, unit).values()) + self._before(unit) / n for unit in ("flops", "seconds")}
+
+    def _before(self, unit: str) -> float:
+        return self.scores_bill[unit] + float(self.learning.get(unit, 0.0))
 
     def bill(self) -> dict[str, Any]:
         """Return the cost of scores, search and controls, beside that of retraining."""
         groups = {"search": ("end", "walk"), "controls": ("control",), "impact": ("impact",)}
         found: dict[str, Any] = {"scores": self.scores_bill}
+        found |= {"learning": self.learning} if self.learning else {}
         found |= {name: self.desk.bill(roles) for name, roles in groups.items()} if self.desk else {}  # type: ignore[arg-type]
         whole = {}
         for unit in ("flops", "seconds"):
-            whole[unit] = self.scores_bill[unit] + math.fsum(found["search"][unit].values()) if self.desk else 0.0
+            whole[unit] = self._before(unit) + math.fsum(found["search"][unit].values()) if self.desk else 0.0
         found["search_total"] = whole
         found["measured_now"] = self.desk.n_fresh if self.desk else 0
         if self.retraining is not None and self.walked:
@@ -234,6 +292,8 @@ class Result:
 
     def layers(self) -> list[dict[str, Any]]:
         """Return every unit with its score, its strength and what restoring it alone does."""
+        if isinstance(self.family, Learned):
+            return self._learnt_layers(self.family)
         if not isinstance(self.family, Restoring):
             return []
         order, chosen = self.family.order, self.chosen.about if self.chosen else {}
@@ -251,6 +311,19 @@ class Result:
             for unit in order.sizes
         ]
 
+    def _learnt_layers(self, family: Learned) -> list[dict[str, Any]]:
+        """Return every unit with the share of the base that it takes in the chosen merge, or as learnt."""
+        shares = self.chosen.about.get("shares", family.shares) if self.chosen else family.shares
+        units = learn.units_of([one.name for one in self.scores])
+        sizes: dict[str, int] = {}
+        for one in self.scores:
+            sizes[units[one.name]] = sizes.get(units[one.name], 0) + one.n_parameters
+        empty = dict.fromkeys(("score", "general_gain", "domain_cost"))
+        return [
+            {"unit": unit, "place": n, "n_parameters": sizes.get(unit, 0), "strength": own[0], **empty}
+            for n, (unit, own) in enumerate(sorted(shares.items(), key=lambda item: natural(item[0])), start=1)
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         """Return ``points.json``."""
         yardstick = self.yardstick
@@ -258,6 +331,9 @@ class Result:
             "format": FORMAT,
             "method": self.options.method,
             "models": {"base": self.sources.base.name, "tuned": self.sources.tuned.name},
+            "experts": [one.name for one in self.sources.others],
+            "suites": [judge.spec for judge in self.suites],
+            "left_out": yardstick.left_out if yardstick is not None else {},
             "keep": None if self.options.is_fixed else self.options.keep,
             "chosen": self.chosen.label if self.chosen else None,
             "plan_sha256": self.chosen.plan.sha256 if self.chosen else None,
@@ -312,7 +388,9 @@ def prepare(options: Options) -> tuple[Result, Any]:
     found = {side: read_text(place, side, column=options.text_column) for side, place in _texts(options)}
     tokenizer = load_tokenizer(options.tuned) if found else None
     texts: dict[str, Text] = {side: draw(text, tokenizer, options.n_tokens) for side, text in found.items()}
-    weights = {role: _weights_sha256(model) for role, model in (("base", sources.base), ("tuned", sources.tuned))}
+    models = {"base": sources.base, "tuned": sources.tuned}
+    models |= {f"other_{n}": model for n, model in enumerate(sources.others, start=1)}
+    weights = {role: _weights_sha256(model) for role, model in models.items()}
     scores, bill = score(options, sources, weights["base"])
     result = Result(
         options=options,
@@ -322,6 +400,7 @@ def prepare(options: Options) -> tuple[Result, Any]:
         scores=scores,
         scores_bill=bill,
         texts=texts,
+        suites=[SuiteJudge(spec) for spec in options.suites],
         retraining=retraining_of(options),
     )
     if options.mergekit:
@@ -332,10 +411,13 @@ def prepare(options: Options) -> tuple[Result, Any]:
 def merge(options: Options, *, tell: search.Report | None = None) -> Result:
     """Prepare, search and measure; nothing is written but what is kept in the cache folder."""
     result, tokenizer = prepare(options)
+    if isinstance(result.family, Learned):
+        learn_family(result, tokenizer)
     if result.texts:
         _measure(result, tokenizer, tell)
     else:
-        result.chosen = result.family.spot(options.q, options.s or 0.0)
+        soup = result.family if isinstance(result.family, Soup) else None
+        result.chosen = soup.mean(soup.ingredients) if soup else result.family.spot(options.q, options.s or 0.0)
         result.why = f"{result.chosen.label}, as asked; nothing was measured"
     return result
 
@@ -352,13 +434,23 @@ def open_models(options: Options) -> Sources:
     Raises:
         ConfigError, NotFoundError, IntegrityError: see ``tensors``.
     """
-    for place in (options.base, options.tuned):
+    for place in (options.base, options.tuned, *options.experts):
         if not place.is_dir():
             raise NotFoundError("model folder is missing", where=place, mend="give a Hugging Face folder")
     tuned = open_source(options.tuned, f"tuned {options.tuned.resolve().name}")
     base = open_source(options.base, f"base {options.base.resolve().name}")
-    moments = open_source(options.moments, "moments") if options.moments else None
-    sources = Sources(tuned=tuned, base=base, moments=moments)
+    others = tuple(open_source(place, place.resolve().name) for place in options.experts)
+    found = [
+        moments.open_moments(place, model)
+        for place, model in zip(options.moments, (options.tuned, *options.experts), strict=False)
+    ]
+    sources = Sources(
+        tuned=tuned,
+        base=base,
+        others=others,
+        moments=found[0] if found else None,
+        other_moments=tuple(found[1:]),
+    )
     check_compatible(sources.models)
     return sources
 
@@ -393,6 +485,12 @@ def _weights_sha256(source: TensorSource) -> str:
 
 def family_of(options: Options, sources: Sources, scores: list[TensorScore]) -> Family:
     """Return what is searched."""
+    if options.method in SOUPS:
+        labels = ["base", "tuned", *(one.name for one in sources.others)]
+        return Soup(options.method, labels, with_base=options.soup_base, power=options.power)
+    if options.method == "learned-alpha":  # equal shares until there is something to learn on
+        n_ends = 1 + len(sources.experts)
+        return Learned(dict.fromkeys(learn.units_of(list(sources.tuned.layout)).values(), (1 / n_ends,) * n_ends))
     if options.method != "spear-mm":
         return PathFamily(options.method, sources, seed=options.seed)
     order = order_units(scores, by=options.choose, granularity=options.granularity, seed=options.seed)
@@ -430,25 +528,80 @@ def retraining_of(options: Options) -> Retraining | None:
     return Retraining(flops=flops, seconds=seconds, n_tokens=n_tokens)
 
 
-def open_desk(result: Result, tokenizer: Any, tell: search.Report | None) -> Desk:
-    """Return what measures; the model is loaded when something has to be measured."""
+def address_of(result: Result) -> str:
+    """Return the digest of everything but text and plan that a measurement hangs on."""
     options, sources = result.options, result.sources
-    length = sources.tuned.config.get("max_position_embeddings")
-    window = min(MAX_WINDOW, int(length)) if isinstance(length, int) else MAX_WINDOW
-    judge = LossJudge(result.texts["general"], result.texts["domain"], tokenizer, max_length=window)
-    device = find_device(options.device)
+    files = [file for n in range(len(sources.experts)) for file in moments.files_of(sources.moments_of(n))]
     parts = [
         result.weights,
         digest_of(sources.tuned.config),
         tokenizer_sha256(options.tuned),
-        sha256_file(options.moments) if options.moments else None,
-        device.type,
+        [sha256_file(file) for file in files] or None,
+        find_device(options.device).type,
     ]
+    return digest_of(parts)
+
+
+def learn_family(result: Result, tokenizer: Any) -> None:
+    """Learn every layer's shares on text that is not measured, or take what was learnt before.
+
+    Raises:
+        ConfigError: too little text is left beside what is measured, or the model is not stored as it is loaded.
+    """
+    options = result.options
+    texts = {
+        side: draw(read_text(place, side, column=options.text_column), tokenizer, options.n_learn_tokens,
+                   without=result.texts[side].ids)
+        for side, place in _texts(options)
+    }  # fmt: skip
+    settings = [options.mix, options.n_learn_tokens, options.n_learn_steps, learn.LEARNING_RATE]
+    key = digest_of(
+        [address_of(result), {side: text.sha256 for side, text in texts.items()}, settings, _window(result)]
+    )
+    file = home() / "merges" / f"learnt-{key[:40]}.json"
+    if not file.is_file():
+        write_json(file, _learn(result, tokenizer, texts))
+    kept = read_json(file)
+    result.family = Learned({unit: tuple(own) for unit, own in kept.pop("shares").items()})
+    result.learning = kept
+
+
+def _learn(result: Result, tokenizer: Any, texts: dict[Side, Text]) -> dict[str, Any]:
+    from clbench.train.models import model_train_flops
+
+    options, bench = result.options, result.bench(tokenizer)
+    if not bench.in_place:
+        raise ConfigError("this model is stored otherwise than it is loaded", where=options.tuned, mend="take wise-ft")
+    start, length = time.perf_counter(), _window(result)
+    portions = learn.portions(texts, tokenizer, length=length, mix=options.mix, n_steps=options.n_learn_steps)
+    ends = [result.sources.base.read, *(one.read for one in result.sources.experts)]
+    found = learn.learn_shares(bench.model, ends, lambda step: portions[step], n_steps=options.n_learn_steps)
+    return {
+        "shares": found.shares,
+        "losses_nats": found.losses_nats,
+        "tokens": found.n_tokens,
+        "texts": {side: _about(text) for side, text in texts.items()},
+        "flops": model_train_flops(bench.model, found.n_tokens, length),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _window(result: Result) -> int:
+    length = result.sources.tuned.config.get("max_position_embeddings")
+    return min(MAX_WINDOW, int(length)) if isinstance(length, int) else MAX_WINDOW
+
+
+def open_desk(result: Result, tokenizer: Any, tell: search.Report | None) -> Desk:
+    """Return what measures; the model is loaded when something has to be measured."""
+    texts = result.texts
+    judge: Judge = LossJudge(texts["general"], texts["domain"], tokenizer, max_length=_window(result))
+    if result.suites:
+        judge = JointJudge([judge, *result.suites])
     return search.Desk(
-        sources,
+        result.sources,
         judge,
-        lambda: Bench(sources, device, tokenizer),
-        address=digest_of(parts),
+        lambda: result.bench(tokenizer),
+        address=address_of(result),
         folder=home() / "merges",
         tell=tell,
     )
@@ -466,7 +619,10 @@ def _measure(result: Result, tokenizer: Any, tell: search.Report | None) -> None
         strengths=options.strengths,
     )
     result.yardstick = walk.yardstick
-    if options.is_fixed:
+    if isinstance(result.family, Soup):
+        result.chosen = result.family.choose(lambda spot: math.fsum(walk.yardstick.losses(walk.visit(spot).rows)))
+        walk.visit(result.chosen)
+    elif options.is_fixed:
         result.chosen = result.family.spot(options.q, options.s or 0.0)
         walk.walked.append(desk.measure(result.chosen, "walk"))
     else:
@@ -537,7 +693,9 @@ def write(result: Result, *, report: Path | None = None, progress: Callable[[int
     if options.out is not None:
         remove_stale(options.out)
         with atomic_folder(options.out) as temporary:
-            merge_folder(chosen.plan, result.sources, temporary / "model", progress=progress)
+            first = [result.weights[role] for role in ("tuned", "base")]  # hashed before the search
+            known = [*first, *(digest for role, digest in result.weights.items() if role.startswith("other"))]
+            merge_folder(chosen.plan, result.sources, temporary / "model", weights_sha256=known, progress=progress)
             for file in sorted((temporary / "model").iterdir()):
                 shutil.move(file, temporary / file.name)
             (temporary / "model").rmdir()
@@ -567,12 +725,14 @@ def forecast(options: Options) -> dict[str, Any]:
     family, texts = result.family, result.texts
     found: dict[str, Any] = {"method": options.method, "layers": result.layers(), "scores": result.scores_bill}
     n = 1 if options.is_fixed else options.n_evaluations
+    if options.method in ("greedy-soup", "mwa"):  # every ingredient, and of greedy soups a mean for each
+        n = (2 if options.method == "greedy-soup" else 1) * len(result.sources.models)
     found["evaluations"] = {"ends": 2, "walk": n, "controls": 10 if options.controls else 0} if texts else {}
     if options.impact and isinstance(family, Restoring):
         found["evaluations"]["impact"] = len(family.order.units)
     if texts:
         desk = open_desk(result, tokenizer, None)
-        bench = Bench(result.sources, find_device(options.device), tokenizer)
+        bench = result.bench(tokenizer)
         tokens, flops = desk.judge.cost(bench.checkpoint(bench.model, TUNED.plan))
         total = sum(found["evaluations"].values())
         found |= {"texts": {side: _about(text) for side, text in texts.items()}}

@@ -282,6 +282,67 @@ def model_stock(w1: torch.Tensor, w0: torch.Tensor, others: Sequence[torch.Tenso
     return _added(w0, sum(changes[1:], changes[0]) * (c / bottom), w1)
 
 
+def mean(
+    w1: torch.Tensor, w0: torch.Tensor, others: Sequence[torch.Tensor] = (), *, shares: Sequence[float]
+) -> torch.Tensor:
+    """Return the weighted mean of base, tuned and other models, summed in float64: soups, and learned shares.
+
+    A model that has all of the weight comes back by copy.
+
+    Args:
+        w1: tuned.
+        w0: base.
+        others: other models.
+        shares: of w0, w1 and the others; not negative, in any unit.
+    """
+    models = (w0, w1, *others)
+    if len(shares) != len(models) or not all(math.isfinite(one) and one >= 0 for one in shares) or sum(shares) <= 0:
+        raise ConfigError(f"shares={list(shares)} for {len(models)} models", mend="give base, tuned and each other one")
+    chosen = [(model, share) for model, share in zip(models, shares, strict=True) if share > 0]
+    if len(chosen) == 1:
+        return chosen[0][0].to(w1.dtype, copy=True)
+    total = math.fsum(share for _, share in chosen)
+    summed = torch.zeros_like(w1, dtype=torch.float64)
+    for model, share in chosen:
+        summed.add_(model.double(), alpha=share / total)
+    return summed.to(w1.dtype)
+
+
+# --- no base at all -----------------------------------------------------------------------------------------------
+
+
+def neighbours(
+    w1: torch.Tensor,
+    below: torch.Tensor | None,
+    above: torch.Tensor | None,
+    *,
+    s: float = 1.0,
+    weights: Sequence[float] = (1.0, 1.0),
+) -> torch.Tensor:
+    """Return w1 moved by s towards the weighted mean of the blocks around it: CheckFree (arXiv 2506.15461).
+
+    CheckFree fills a lost block so and then trains on; here nothing is trained, so it is a negative control: what a
+    merge without a base does. Its weights are the neighbours' last gradient norms; equal ones where none is known.
+
+    Args:
+        w1: tuned.
+        below: the same tensor of the block before, None at the first block.
+        above: of the block after, None at the last block; a lone neighbour is copied, as in CheckFree+.
+        s: 1 replaces the tensor.
+        weights: of below and above, not negative.
+    """
+    _in_unit("s", s)
+    if len(weights) != 2 or not all(math.isfinite(one) and one >= 0 for one in weights):
+        raise ConfigError(f"weights={list(weights)} are no two weights", mend="give two numbers of 0 or more")
+    pairs = [(one, weight) for one, weight in zip((below, above), weights, strict=True) if one is not None]
+    total = math.fsum(weight for _, weight in pairs)
+    if total <= 0:
+        raise ConfigError("no neighbour has a weight", mend="leave a block out, or give weights above 0")
+    if len(pairs) == 2 and pairs[1][1] > 0:
+        return lerp(w1, lerp(*(one.to(working_type(one)) for one, _ in pairs), pairs[1][1] / total), s)
+    return lerp(w1, pairs[0][0], s)
+
+
 # --- singular values --------------------------------------------------------------------------------------------------
 
 
@@ -327,6 +388,74 @@ def dg_hard(w1: torch.Tensor, w0: torch.Tensor, *, scale: float = 1.0, min_numel
     if kept == len(values) or values[kept] <= rounding:  # nothing would be cut
         return w1.clone()
     return _added(w0, (left[:, :kept] * values[:kept]) @ right[:kept], w1)
+
+
+def intruders(
+    w1: torch.Tensor, w0: torch.Tensor, *, top_k: int = 10, epsilon: float = 0.5
+) -> tuple[list[int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Return which of the leading singular directions of a tuned matrix the base does not have, and the tuned SVD.
+
+    Intruder dimensions (Shuttleworth et al. 2024, arXiv 2410.21228): of the ``top_k`` left singular vectors of w1
+    those whose largest ``|cosine|`` with any left singular vector of w0 is below ``epsilon``.
+
+    Args:
+        w1: tuned, ``[d_out, d_in]``.
+        w0: base.
+        top_k: how many directions are looked at.
+        epsilon: the higher, the more count as intruders.
+
+    Returns:
+        Their places, and (U, S, Vh) of w1 in the working type.
+    """
+    work = working_type(w1, w0)
+    before = torch.linalg.svd(w0.to(work), full_matrices=False)[0]
+    left, values, right = torch.linalg.svd(w1.to(work), full_matrices=False)
+    nearest = (left[:, :top_k].T @ before).abs().amax(dim=1)
+    there = values[:top_k] > values[0] * torch.finfo(work).eps * max(w1.shape)  # what has no size is no direction
+    return [int(place) for place in ((nearest < epsilon) & there).nonzero()[:, 0]], (left, values, right)
+
+
+def reduce_intruders(
+    w1: torch.Tensor,
+    w0: torch.Tensor,
+    *,
+    factor: float = 0.75,
+    top_k: int = 10,
+    epsilon: float = 0.5,
+    rank: int | None = None,
+) -> torch.Tensor:
+    """Return w1 with its intruder dimensions multiplied by ``factor``; see ``intruders``.
+
+    ``w1 + (factor - 1) sum of sigma u v^T`` over the intruders, as PEFT's ``reduce_intruder_dimension`` does with its
+    ``mitigation_lambda``: 1 removes nothing and 0 everything. (Its docstring says that a higher value removes more,
+    its arithmetic does the opposite.) Without intruders, and for tensors that are no matrices, w1 comes back by copy.
+
+    Args:
+        w1: tuned.
+        w0: base.
+        factor: what is left of an intruder, from 0 to 1.
+        top_k: how many leading directions are looked at.
+        epsilon: cosine below which one is an intruder.
+        rank: of the change; where it was a low-rank adapter its result is cut to that rank again, as PEFT does.
+    """
+    _in_unit("factor", factor)
+    _in_unit("epsilon", epsilon)
+    if top_k < 1 or (rank is not None and rank < 1):
+        raise ConfigError(f"top_k={top_k} and rank={rank} are no counts", mend="give 1 or more")
+    if w1.ndim != 2 or not w1.numel() or factor == 1 or torch.equal(w1, w0.to(w1.dtype)):
+        return w1.clone()
+    try:
+        found, (left, values, right) = intruders(w1, w0, top_k=top_k, epsilon=epsilon)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return w1.clone()
+    if not found:
+        return w1.clone()
+    taken = (left[:, found] * values[found]) @ right[found]
+    reduced = w1.to(taken.dtype) + (factor - 1) * taken
+    if rank is None:
+        return reduced.to(w1.dtype)
+    side, size, other = torch.linalg.svd(reduced - w0.to(taken.dtype), full_matrices=False)
+    return _added(w0, (side[:, :rank] * size[:rank]) @ other[:rank], w1)
 
 
 def noise_edge(values: torch.Tensor, shape: Sequence[int]) -> float:
@@ -381,6 +510,97 @@ def graft(
     else:
         raise ConfigError("graft takes a threshold or a density", mend="give one of them")
     return torch.where(mask, w1, w0.to(w1.dtype))
+
+
+def ota(
+    w1: torch.Tensor,
+    w0: torch.Tensor,
+    others: Sequence[torch.Tensor] = (),
+    *,
+    moments: Sequence[torch.Tensor],
+    power: float = 0.5,
+    floor: float = 1e-12,
+    thresholds: Sequence[float] | None = None,
+    densities: Sequence[float] | None = None,
+    scales: Sequence[float] | None = None,
+    fallback: str = "base",
+) -> torch.Tensor:
+    """Return w0 + sum a m d / sum a m over experts: OTA merging with Fast Fisher Grafting masks (arXiv 2509.11167).
+
+    ``a = c v^power + floor mean(c v^power)`` says how sure an expert is of an entry (v: its Adam's second moments), and
+    ``m = [v d^2 >= threshold]`` whether it has a say at all. Arithmetic is float64; an entry that one expert alone has
+    a say in is that expert's by copy, one that nobody has is the base's. So one expert is ``graft``: a cancels.
+
+    Args:
+        w1: the first expert.
+        w0: base.
+        others: further experts.
+        moments: v of each expert, or what ``moment_from_factors`` makes of its sums.
+        power: of v; 1/2 in the paper, 0 weighs all alike.
+        floor: keeps weights above 0, as a share of their mean over the tensor: a fixed one would drown small v.
+        thresholds: of the saliency, one an expert; none: no masks.
+        densities: instead, the share of each expert's tensor that has a say.
+        scales: c, one an expert; 1 by default.
+        fallback: what an entry is that all experts are masked out of: ``base``, or the plain ``mean`` of the experts.
+    """
+    experts = (w1, *others)
+    _check_ota(len(experts), moments, thresholds, densities, scales, fallback)
+    masks = [
+        _has_a_say(n, one, w0, v, thresholds, densities)
+        for n, (one, v) in enumerate(zip(experts, moments, strict=True))
+    ]
+    count = torch.stack(masks).sum(0)
+    top = torch.zeros_like(w0, dtype=torch.float64)
+    bottom = torch.zeros_like(top)
+    for n, (one, v, mask) in enumerate(zip(experts, moments, masks, strict=True)):
+        weight = (1.0 if scales is None else scales[n]) * v.double() ** power
+        weight = (weight + max(floor * float(weight.mean()), torch.finfo(torch.float64).tiny)) * mask
+        top += weight * (one.double() - w0.double())
+        bottom += weight
+    changed = w0.double() + top / torch.where(count > 0, bottom, 1.0)
+    result = changed.to(w1.dtype)
+    for one, mask in zip(experts, masks, strict=True):
+        result = torch.where(mask & (count == 1), one.to(w1.dtype), result)
+    if fallback == "mean":
+        plain = (sum(one.double() for one in experts) / len(experts)).to(w1.dtype)
+        return torch.where(count == 0, plain, result)
+    return torch.where(count == 0, w0.to(w1.dtype), result)
+
+
+def _check_ota(
+    n: int,
+    moments: Sequence[torch.Tensor],
+    thresholds: Sequence[float] | None,
+    densities: Sequence[float] | None,
+    scales: Sequence[float] | None,
+    fallback: str,
+) -> None:
+    given = {"moments": moments, "thresholds": thresholds, "densities": densities, "scales": scales}
+    for name, values in given.items():
+        if values is not None and len(values) != n:
+            raise ConfigError(f"ota has {len(values)} {name} for {n} experts", mend="give one an expert")
+    if thresholds is not None and densities is not None:
+        raise ConfigError("ota takes thresholds or densities", mend="give one of them")
+    if scales is not None and not all(math.isfinite(one) and one > 0 for one in scales):
+        raise ConfigError(f"scales={list(scales)} are no weights", mend="give numbers above 0")
+    if fallback not in ("base", "mean"):
+        raise ConfigError(f"fallback={fallback!r} is unknown", mend="give base or mean")
+
+
+def _has_a_say(
+    n: int,
+    one: torch.Tensor,
+    w0: torch.Tensor,
+    moment: torch.Tensor,
+    thresholds: Sequence[float] | None,
+    densities: Sequence[float] | None,
+) -> torch.Tensor:
+    if thresholds is not None:
+        return saliency(one, w0, moment) >= thresholds[n]
+    if densities is not None:
+        importance = saliency(one, w0, moment)
+        return keep_top(importance, n_kept(densities[n], importance.numel()))
+    return torch.ones_like(w0, dtype=torch.bool)
 
 
 def threshold_of_density(stream: Callable[[], Iterable[torch.Tensor]], density: float) -> float:

@@ -73,6 +73,8 @@ class Yardstick:
     """What training gained on the domain (positive is better), or NaN and why it cannot be shared out."""
     gain_error: float = field(init=False)
     """Its standard error over documents."""
+    left_out: dict[str, str] = field(init=False, default_factory=dict)
+    """General benchmark -> why it has no retention: nothing is lost of what the base did not know."""
 
     def __post_init__(self) -> None:
         """Measure the gain of training."""
@@ -81,6 +83,7 @@ class Yardstick:
             if not directions or (side == "domain" and len(directions) > 1):
                 raise ConfigError(f"no benchmark, or both kinds, on the {side} side", mend="give losses or accuracies")
         found, drawn = self._tables([self.base, self.tuned])
+        self._leave_out(found[0], drawn[:, 0])
         score, scores = self._domain(found), self._domain(drawn)
         self.gain_error = float((scores[:, 1] - scores[:, 0]).std(ddof=1))
         gain = float(score[1] - score[0])
@@ -88,6 +91,35 @@ class Yardstick:
         if gain < STANDARD_ERRORS * self.gain_error or gain <= 0:
             what = "made the domain score worse" if gain < 0 else "gained nothing sure on the domain"
             self.gain = undefined(f"training {what}: {gain:+.4g}, standard error {self.gain_error:.2g}")
+
+    def _leave_out(self, base: Array, drawn: Array) -> None:
+        """Leave accuracies out of the general mean where the base's is not surely above chance.
+
+        Args:
+            base: its scores, ``[C]``.
+            drawn: on resampled items, ``[B, C]``.
+
+        Raises:
+            ConfigError: no general benchmark is left.
+        """
+        for c, one in enumerate(self.benchmarks):
+            error = float(drawn[:, c].std(ddof=1))
+            if one.side == "general" and not one.lower_is_better and base[c] - one.chance < STANDARD_ERRORS * error:
+                what = (
+                    f"the base's {base[c]:.3g} is not two standard errors ({error:.2g}) above chance {one.chance:.3g}"
+                )
+                self.left_out[one.name] = what
+        if not self._counting:
+            raise ConfigError(
+                f"no general benchmark is left: {next(iter(self.left_out.values()))}", mend="give general text, too"
+            )
+
+    @property
+    def _counting(self) -> list[tuple[int, Benchmark]]:
+        """The general benchmarks that count, with their places."""
+        return [
+            (c, one) for c, one in enumerate(self.benchmarks) if one.side == "general" and one.name not in self.left_out
+        ]
 
     def _tables(self, models: Sequence[Rows]) -> tuple[Array, Array]:
         """Return scores by model and benchmark, ``[R, C]``, and on resampled documents, ``[B, R, C]``."""
@@ -106,12 +138,11 @@ class Yardstick:
     def _general(self, table: Array) -> Array:
         """Return the mean retention of every model, the first is the base; ``[..., R, C]`` -> ``[..., R]``."""
         parts = []
-        for c, one in enumerate(self.benchmarks):
-            if one.side == "general":
-                after, base = table[..., c], table[..., :1, c]
-                with np.errstate(divide="ignore", invalid="ignore"):
-                    kept = base / after if one.lower_is_better else (after - one.chance) / (base - one.chance)
-                parts.append(np.where(np.isfinite(kept), kept, np.nan))
+        for c, one in self._counting:
+            after, base = table[..., c], table[..., :1, c]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                kept = base / after if one.lower_is_better else (after - one.chance) / (base - one.chance)
+            parts.append(np.where(np.isfinite(kept), kept, np.nan))
         mean: Array = np.mean(parts, axis=0)
         return mean
 
@@ -120,17 +151,19 @@ class Yardstick:
         table = _documents([self.base, rows]).matrix("nats_per_token", range(len(self.benchmarks))).values
         found = [
             retention(table[1, c], table[0, c], chance=one.chance, lower_is_better=one.lower_is_better).value
-            for c, one in enumerate(self.benchmarks)
-            if one.side == "general"
+            for c, one in self._counting
         ]
         return math.fsum(found) / len(found)
 
     def losses(self, rows: Rows) -> tuple[float, float]:
-        """Return the mean score of the general and of the domain side, smaller is better."""
+        """Return the mean loss of the general and of the domain side; where a side has none, minus the mean score."""
         table = _documents([rows]).matrix("nats_per_token", range(len(self.benchmarks))).values[0]
-        signed = [(one.side, table[c] if one.lower_is_better else -table[c]) for c, one in enumerate(self.benchmarks)]
-        general, domain = (np.mean([value for of, value in signed if of == side]) for side in SIDES)
-        return float(general), float(domain)
+        found = []
+        for side in SIDES:
+            here = [(c, one.lower_is_better) for c, one in enumerate(self.benchmarks) if one.side == side]
+            losses = [table[c] for c, is_loss in here if is_loss]
+            found.append(float(np.mean(losses) if losses else -np.mean([table[c] for c, _ in here])))
+        return found[0], found[1]
 
     def kept_gain(self, rows: Rows) -> Value:
         """Return the kept domain gain alone."""
@@ -165,14 +198,14 @@ class Yardstick:
         return standings
 
     def _recovered(self, table: Array, r: int) -> float:
-        """Return the mean of ``(tuned - merged) / (tuned - base)`` on the general side; NaN where nothing was lost."""
+        """Return the mean of ``(tuned - merged) / (tuned - base)`` of what was lost on the general side, or NaN."""
         shares = []
-        for c, one in enumerate(self.benchmarks):
+        for c, one in self._counting:
             base, tuned, merged = table[0, c], table[1, c], table[r, c]
             lost = (tuned - base) if one.lower_is_better else (base - tuned)
-            if one.side == "general":
-                shares.append((tuned - merged) / (tuned - base) if lost > 1e-3 * abs(base) else math.nan)
-        return math.fsum(shares) / len(shares)
+            if lost > 1e-3 * abs(base):
+                shares.append((tuned - merged) / (tuned - base))
+        return math.fsum(shares) / len(shares) if shares else math.nan
 
     def _scores(self, rows: Rows, per_token: Array) -> dict[str, dict[str, float]]:
         found = {}

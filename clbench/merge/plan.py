@@ -32,6 +32,17 @@ OPTIONS: dict[str, dict[str, tuple[type, ...]]] = {
     "model_stock": {},
     "dg_hard": {"scale": NUMBER, "min_numel": NUMBER},
     "graft": {"threshold": NUMBER, "density": NUMBER},
+    "ota": {
+        "power": NUMBER,
+        "floor": NUMBER,
+        "thresholds": NUMBERS,
+        "densities": NUMBERS,
+        "scales": NUMBERS,
+        "fallback": TEXT,
+    },
+    "mean": {"shares": NUMBERS},
+    "reduce_intruders": {"factor": NUMBER, "top_k": NUMBER, "epsilon": NUMBER, "rank": NUMBER},
+    "neighbours": {"s": NUMBER, "below": NUMBER, "above": NUMBER, "weights": NUMBERS},
 }
 """Kernels and their options. ``keep`` copies the tuned tensor, ``restore`` the base's."""
 REQUIRED = {
@@ -42,8 +53,9 @@ REQUIRED = {
     "ties": ("density",),
     "dare": ("density", "seed"),
     "breadcrumbs": ("density",),
+    "mean": ("shares",),
 }
-UNIT = ("s", "t", "density", "gamma")
+UNIT = ("s", "t", "density", "gamma", "densities", "factor", "epsilon")
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,8 @@ class Action:
         for key in REQUIRED.get(self.kernel, ()):
             if key not in self.options:
                 raise ConfigError(f"kernel {self.kernel} needs the option {key}", mend="give it")
+        if self.kernel == "ota" and {"thresholds", "densities"} <= self.options.keys():
+            raise ConfigError("ota takes thresholds or densities", mend="give one of them")
         if self.kernel == "graft" and len(self.options) != 1:
             raise ConfigError("graft takes a threshold or a density", mend="give one of them")
 

@@ -61,6 +61,9 @@ def _head(facts: Mapping[str, Any]) -> Any:
 
     items = [f"method {facts['method']}"]
     items += [f"keep {100 * facts['keep']:g} % of the base's general score"] if facts["keep"] is not None else []
+    items += [f"with {', '.join(facts['experts'])}"] if facts["experts"] else []
+    items += [f"suite {', '.join(facts['suites'])}"] if facts["suites"] else []
+    items += [f"{name} does not count: {why}" for name, why in facts["left_out"].items()]
     items += ["embeddings, last norm and output layer restored, too"] if facts["restores_outside_blocks"] else []
     for side, text in facts["texts"].items():
         items.append(
@@ -178,8 +181,17 @@ def _is_cell(cell: Any) -> bool:
     return isinstance(cell, Markup) and cell.startswith("<td")
 
 
-HEAD = ("", "general retention", "domain gain kept", "forgetting undone", "general, bits/byte", "domain, bits/byte",
-        "reaches keep", "GFLOP", "less than retraining")  # fmt: skip
+HEAD = ("", "general retention", "domain gain kept", "forgetting undone", "general, bits/byte (nats/token)",
+        "domain, bits/byte (nats/token)", "reaches keep", "GFLOP", "less than retraining")  # fmt: skip
+
+
+def _head_of(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the columns of points; accuracies of suites come last."""
+    return (*HEAD, *_sets(facts["points"][0]))
+
+
+def _sets(point: Mapping[str, Any]) -> list[str]:
+    return [name for name in point["standing"]["scores"] if name not in ("general", "domain")]
 
 
 def _row(point: Mapping[str, Any]) -> list[str]:
@@ -195,14 +207,17 @@ def _row(point: Mapping[str, Any]) -> list[str]:
         percent(standing["keeps"]),
         f"{point['cost']['flops'] / 1e9:,.1f}",
         percent(reduction),
+        *(_score(scores[name]) for name in _sets(point)),
     ]
 
 
 def _score(score: Mapping[str, Any] | None) -> str:
     if score is None:
         return "–"
-    value = score.get("bits_per_byte", score.get("score"))
-    return "–" if value is None else f"{value:.3f}"
+    if "score" in score:
+        return percent(score["score"])
+    bits, nats = score["bits_per_byte"], score["nats_per_token"]
+    return "–" if bits is None else f"{bits:.3f} ({nats:.3f})"
 
 
 def percent(value: float | None) -> str:
@@ -231,7 +246,7 @@ def _points(facts: Mapping[str, Any]) -> Any:
         rows.append([mark + point["label"], *_row(point)[1:]])
     note = "In brackets: 95 % over documents, evaluation noise of these weights; another training run varies more."
     strong = [i for i, point in enumerate(points) if point["chosen"]]
-    return Markup("<h2>Points</h2>{}").format(table(HEAD, rows, note, strong=strong))
+    return Markup("<h2>Points</h2>{}").format(table(_head_of(facts), rows, note, strong=strong))
 
 
 def _controls(facts: Mapping[str, Any]) -> Any:
@@ -242,7 +257,9 @@ def _controls(facts: Mapping[str, Any]) -> Any:
         return ""
     chosen = [point for point in facts["points"] if point["chosen"]]
     note = "At the chosen share and strength. Scores that do not beat random units, and uniform, prove nothing."
-    return Markup("<h2>Controls</h2>{}").format(table(HEAD, [_row(p) for p in [*chosen, *found]], note, strong=[0]))
+    return Markup("<h2>Controls</h2>{}").format(
+        table(_head_of(facts), [_row(p) for p in [*chosen, *found]], note, strong=[0])
+    )
 
 
 def _layers(facts: Mapping[str, Any]) -> Any:
@@ -292,6 +309,9 @@ def _bill(facts: Mapping[str, Any]) -> Any:
 
     bill = facts["bill"]
     rows = [["scores", "–", "–", _gflop(bill["scores"]["flops"]), f"{bill['scores']['seconds']:.1f}"]]
+    if learning := bill.get("learning"):
+        cost = [_gflop(learning["flops"]), f"{learning['seconds']:.1f}"]
+        rows.append(["learning shares", "–", f"{learning['tokens']:,}", *cost])
     for name in ("search", "controls", "impact"):
         if (one := bill.get(name)) and one["evaluations"]:
             flops, seconds = (math.fsum(one[unit].values()) for unit in ("flops", "seconds"))
@@ -320,6 +340,8 @@ def _method(facts: Mapping[str, Any]) -> Any:
         "General retention: loss of the base over loss of the merge, on the same documents, by token or by byte; it is "
         "not cut off at 100 %. Domain gain kept: (base − merge) / (base − tuned) of the domain losses, undefined where "
         "training gained less than two standard errors. Forgetting undone: (tuned − merge) / (tuned − base) of the "
-        "general losses. The choice was made on these same documents, so expect a little less elsewhere."
+        "general losses. An accuracy's retention is the share of what was above chance; where the base is not surely "
+        "above it, the set does not count. The mean is over all that count. The choice was made on these same "
+        "documents, so expect a little less elsewhere."
     )
     return Markup('<h2>What the figures mean</h2><p class="note">{}</p>').format(told)

@@ -63,6 +63,20 @@ def unit_of(name: str, granularity: Granularity) -> str | None:
     return ".".join(parts[: {"layer": depth, "module": depth + 1, "tensor": max(depth, len(parts) - 1)}[granularity]])
 
 
+def sibling(name: str, block: int) -> str:
+    """Return the name of the same tensor in another block."""
+    depth, parts = block_depth(name), name.split(".")
+    if depth is None:
+        raise ConfigError(f"{name} is in no numbered block", mend="choose tensors of blocks")
+    return ".".join([*parts[: depth - 1], str(block), *parts[depth:]])
+
+
+def block_number(name: str) -> int | None:
+    """Return which block a tensor is in, None outside the blocks."""
+    depth = block_depth(name)
+    return None if depth is None else int(name.split(".")[depth - 1])
+
+
 def natural(name: str) -> tuple[tuple[int, int, str], ...]:
     """Return a sort key under which block 10 comes after block 9."""
     return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in name.split("."))

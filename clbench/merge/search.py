@@ -22,7 +22,7 @@ import numpy as np
 from clbench import seeds
 from clbench.errors import IntegrityError, NotFoundError
 from clbench.files import digest_of, read_json, write_json
-from clbench.merge.evaluate import Bench, Judge
+from clbench.merge.evaluate import Bench, Benchmark, Judge
 from clbench.merge.execute import Sources
 from clbench.merge.families import BASE, N_LEVELS, TUNED, Family, Restoring, Spot, plan_of_strength
 from clbench.merge.families import Path as PathFamily
@@ -53,6 +53,7 @@ class Measured:
     spot: Spot
     role: Role
     rows: Rows
+    """One an item, see ``Judge.read``."""
     n_tokens: int
     flops: Mapping[str, float]
     """evaluate, merge: of a fresh measurement, whether this one was kept or not."""
@@ -89,12 +90,18 @@ class Desk:
         tell: Report | None = None,
     ) -> None:
         self.sources, self.judge, self.folder, self.tell = sources, judge, folder, tell
-        self.address = digest_of([FORMAT, address, judge.sha256])
+        self.inputs, self.address = address, digest_of([FORMAT, address, judge.sha256])
         self.found: dict[str, Measured] = {}
+        self.benchmarks: tuple[Benchmark, ...] = judge.benchmarks
+        """What is measured; where a suite decides it, known after the first measurement."""
         self.n_fresh = 0
         """How many were measured by this process, and not found in the folder."""
         self._open_bench = open_bench
         self._bench: Bench | None = None
+
+    def beside(self, judge: Judge, *, tell: Report | None = None) -> Desk:
+        """Return a desk that measures the same merges by another judge."""
+        return Desk(self.sources, judge, self._open_bench, address=self.inputs, folder=self.folder, tell=tell)
 
     def measure(self, spot: Spot, role: Role) -> Measured:
         """Return the measurement of a merge."""
@@ -115,8 +122,13 @@ class Desk:
             kept = read_json(self._file(key))
             if kept["plan_sha256"] == key and kept["address"] == self.address:
                 rows = Rows(**{name: _column(name, value) for name, value in kept["rows"].items()})
-                return Measured(spot=spot, role=role, rows=rows, **{name: kept[name] for name in COSTS})
+                costs = {name: kept[name] for name in COSTS}
+                return Measured(spot=spot, role=role, rows=self._items(rows), **costs)
         return None
+
+    def _items(self, raw: Rows) -> Rows:
+        self.benchmarks, items = self.judge.read(raw)
+        return items
 
     def _fresh(self, spot: Spot, role: Role, key: str) -> Measured:
         self._bench = self._bench or self._open_bench()
@@ -129,7 +141,7 @@ class Desk:
         found = Measured(
             spot=spot,
             role=role,
-            rows=rows,
+            rows=self._items(rows),
             n_tokens=n_tokens,
             flops={"merge": merge_flops(spot, self.sources), "evaluate": flops},
             seconds={"merge": merged - start, "evaluate": time.perf_counter() - merged},
@@ -160,16 +172,16 @@ def _column(name: str, value: list[Any]) -> Any:
 
 
 def merge_flops(spot: Spot, sources: Sources) -> float:
-    """Return the FLOPs of a merge: 8 an element that is moved, an SVD a matrix for dg_hard (Golub & Van Loan)."""
+    """Return the FLOPs of a merge: 8 an element that is moved, an SVD or two a matrix for dg_hard and intruders."""
     total = 0.0
     for name, info in sources.tuned.layout.items():
         kernel = spot.plan.action(name, len(info.shape)).kernel
         if not info.is_merged or kernel in ("keep", "restore"):
             continue
         total += 8.0 * math.prod(info.shape)
-        if kernel == "dg_hard" and len(info.shape) == 2:
+        if kernel in ("dg_hard", "reduce_intruders") and len(info.shape) == 2:
             small, large = sorted(info.shape)
-            total += 14.0 * small * small * large + 8.0 * small**3
+            total += (2 if kernel == "reduce_intruders" else 1) * (14.0 * small * small * large + 8.0 * small**3)
     return total
 
 
@@ -202,7 +214,7 @@ class Walk:
     def __post_init__(self) -> None:
         """Measure both ends."""
         base, tuned = self.desk.measure(BASE, "end"), self.desk.measure(TUNED, "end")
-        self.yardstick = Yardstick(benchmarks=self.desk.judge.benchmarks, base=base.rows, tuned=tuned.rows)
+        self.yardstick = Yardstick(benchmarks=self.desk.benchmarks, base=base.rows, tuned=tuned.rows)
         self.walked.append(tuned)
 
     def run(self) -> Measured | None:
@@ -213,6 +225,9 @@ class Walk:
                     self._surface(self.family)
                 else:
                     family = self.family
+                    first = family.spot(None, 0.0)
+                    if first.plan.sha256 != TUNED.plan.sha256 and self._keeps(self._measure(first)):
+                        return self.best()  # experts together keep enough before any mask
                     self.bracket(0, N_LEVELS, lambda level: family.spot(None, level / N_LEVELS))
             except OutOfBudgetError:
                 self.exhausted = True
@@ -231,6 +246,13 @@ class Walk:
     def gain(self, one: Measured) -> float:
         """Return the kept domain gain, NaN where it is undefined."""
         return self.yardstick.kept_gain(one.rows).value
+
+    def visit(self, spot: Spot) -> Measured:
+        """Return the measurement of a merge that is no step of a search; the base stays out of the walk."""
+        found = self.desk.measure(spot, "walk")
+        if spot.plan.sha256 not in {BASE.plan.sha256, *(one.spot.plan.sha256 for one in self.walked)}:
+            self.walked.append(found)
+        return found
 
     def _keeps(self, one: Measured) -> bool:
         return self.retention(one) >= self.keep
@@ -305,8 +327,9 @@ def controls(
     """Return what a pick has to be compared with, without which it proves nothing.
 
     SPEAR-MM: random units three times, the lowest scores, the largest drift, first and last units, all of about
-    equal restored share; LERP for SLERP; and uniform WiSE-FT at equal mean distance from the tuned model, which is the
-    control of every other method, too.
+    equal restored share; LERP for SLERP; the same units moved towards the blocks around them in the place of the base
+    (CheckFree, a negative control: no base, and no training afterwards); and uniform WiSE-FT at equal mean distance
+    from the tuned model, which is the control of every other method, too.
     """
     found: list[Spot] = []
     if isinstance(family, Restoring) and chosen.about.get("units"):
@@ -321,6 +344,8 @@ def controls(
         if family.interp == "slerp" and s < 1:
             line = family.with_order(family.order, interp="lerp").plan(chosen.about["units"], s)
             found.append(Spot("same units, lerp", line, chosen.about))
+        if (plan := family.checkfree(chosen.about["units"], s)) is not None:
+            found.append(Spot("checkfree", plan, chosen.about))
     if family.name != "wise-ft":
         s = equal_distance(chosen, sources, scores, family)
         found.append(Spot(f"uniform, s={s:.3g}", plan_of_strength(s), {"s": s}))

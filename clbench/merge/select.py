@@ -23,8 +23,10 @@ from clbench.merge.scores import (
     Granularity,
     Measure,
     TensorScore,
+    block_number,
     natural,
     normalised_ranks,
+    sibling,
     unit_of,
     unit_scores,
 )
@@ -175,6 +177,28 @@ def strengths_of(names: Iterable[str], units: Iterable[str], s: float, *, outsid
         owners = (unit_of(name, granularity) for granularity in ("layer", "module", "tensor"))
         inside = not chosen.isdisjoint({name, *owners})
         found[name] = s if inside or (outside and unit_of(name, "layer") is None) else 0.0
+    return found
+
+
+def surviving_neighbours(names: Iterable[str], chosen: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Return chosen tensor -> the nearest blocks ``below`` and ``above`` that have it and are not chosen themselves.
+
+    One of the two is missing at the ends. A tensor that every block has lost is left out: nothing can replace it.
+    """
+    lost, places = set(chosen), dict[str, list[int]]()
+    numbers = {name: block_number(name) for name in names}
+    for name, number in numbers.items():
+        if number is not None and name not in lost:
+            places.setdefault(sibling(name, 0), []).append(number)
+    found = {}
+    for name in sorted(lost, key=natural):
+        number = numbers.get(name)
+        if number is None:
+            continue
+        around = places.get(sibling(name, 0), [])
+        low, high = [n for n in around if n < number], [n for n in around if n > number]
+        if low or high:
+            found[name] = ({"below": max(low)} if low else {}) | ({"above": min(high)} if high else {})
     return found
 
 

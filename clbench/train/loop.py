@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from clbench import seeds
-from clbench.errors import NonFiniteError
+from clbench.errors import ConfigError, NonFiniteError
 from clbench.method import Composed, Cosine, Need, OptimizerPolicy, Stage, StagePlan, Weights
 from clbench.results.store import RunStore, StepLine
 from clbench.stream import Stream
@@ -55,6 +55,8 @@ class Job:
     warn: Callable[[str], None]
     checkpoint_seconds: float = 60.0
     log_steps: int = 10
+    moments: str | None = None
+    """``full`` or ``rank1``: write the optimizer's second moments beside every release."""
 
 
 def train(job: Job) -> Ledger:
@@ -172,6 +174,8 @@ def train(job: Job) -> Ledger:
             job.method.each("edit_gradients", contexts)
             norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), training.clip_norm)
             optimizer.step()
+            if job.moments and not any("exp_avg_sq" in state for state in optimizer.state.values()):
+                refuse_moments(optimizer)
             optimizer.zero_grad(set_to_none=True)
             # Read late: each read waits for the accelerator. Nothing was saved since.
             loss_nats, grad_norm = sum(nll.item() / n_targets for nll in nlls), norm.item()
@@ -219,6 +223,8 @@ def train(job: Job) -> Ledger:
             save(stage, legs.total, aside, ended=True)
         released = aside.release() or job.method.release(contexts, copy_weights(weights_of(model)))
         job.finish_stage(stage, released, legs.n_steps, ledger)
+        if job.moments and optimizer.state:
+            keep_moments(job, stage, checkpoint.optimizer_tensors(optimizer, names))
         model.train()
     return ledger
 
@@ -230,6 +236,23 @@ def prepare_model(job: Job) -> torch.nn.Module:
         model = copy.deepcopy(model)  # the caller's model is what releases are measured with
         job.method.attach(model, seeds.derive(job.seed, "attach"))
     return model.train()
+
+
+def refuse_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ConfigError: second moments are wanted of an optimizer that keeps none."""
+    raise ConfigError(
+        f"{type(optimizer).__name__} keeps no second moments",
+        where="clbench run --moments",
+        mend="leave --moments out, or train with AdamW",
+    )
+
+
+def keep_moments(job: Job, stage: Stage, tensors: Weights) -> None:
+    """Write the second moments that a stage has ended with beside its release; after a decay branch the main line's."""
+    from clbench.merge import moments  # not on the path of an ordinary run
+
+    form: Any = job.moments
+    moments.write(tensors, form, job.store.folder / "release" / f"stage-{stage.index:02d}" / moments.FILE)
 
 
 def make_optimizer(

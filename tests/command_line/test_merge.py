@@ -300,3 +300,129 @@ def test_a_full_disk_leaves_nothing(models: tuple[Path, Path], tmp_path: Path, m
     error = merge(models, "-m", "wise-ft", "-s", 0.5, "--out", tmp_path / "deep" / "out").error
     assert "disk is full" in error
     assert not list((tmp_path / "deep").iterdir())
+
+
+# --- several models, and questions
+
+
+def test_a_soup_of_a_run_is_the_mean_of_its_releases_and_the_base(
+    runs: Path, clbench_home: Path, tmp_path: Path
+) -> None:
+    (base,) = clbench_home.glob("bases/tiny-*/model")
+    (run,) = runs.glob("tiny/sequential")
+    (run,) = run.glob("seed-0")
+    out = tmp_path / "soup"
+    done = clbench("merge", "--base", base, "--checkpoints", run, "-m", "soup", "--out", out)
+    assert done.code == 0, done.err
+    models = [weights(base), *(weights(one) for one in sorted((run / "release").iterdir()))]
+    for name, tensor in weights(out).items():
+        wanted = sum(model[name].double() for model in models) / len(models)
+        torch.testing.assert_close(tensor, wanted.float())
+    roles = json.loads((out / "merge_plan.json").read_text())["inputs"]
+    assert list(roles) == ["tuned", "base", *(f"other_{n}" for n in range(1, len(models) - 1))]
+    alone = {role: one["weights_sha256"] for role, one in roles.items()}
+    assert len(set(alone.values())) == len(models)
+
+
+def test_graft_and_ota_find_the_moments_of_a_run(runs: Path, clbench_home: Path, tmp_path: Path) -> None:
+    (base,) = clbench_home.glob("bases/tiny-*/model")
+    (run,) = runs.glob("tiny/sequential/seed-0")
+    tuned = run / "release" / "stage-03"
+    pair = ("--base", base, "--tuned", tuned, "-s", 0.5)
+    for method, out in (("graft", tmp_path / "graft"), ("ota", tmp_path / "ota")):
+        done = clbench("merge", *pair, "-m", method, "--moments", run, "--out", out)
+        assert done.code == 0, done.err
+    one, two = weights(tmp_path / "graft"), weights(tmp_path / "ota")
+    assert all(torch.equal(one[name], two[name]) for name in one)  # one expert is a graft
+    ends = (weights(tuned), weights(base))
+    moved = {name: torch.stack([one[name] == end[name] for end in ends]) for name in one}
+    assert all(bool(where.any(0).all()) for where in moved.values())
+    n_tuned = sum(int((one[name] == ends[0][name]).sum()) for name in one)
+    assert n_tuned == pytest.approx(0.5 * sum(w.numel() for w in one.values()), rel=0.02)
+    known = json.loads((tmp_path / "graft" / "merge_plan.json").read_text())["inputs"]
+    sources = {role: open_source(place) for role, place in (("tuned", tuned), ("base", base))}
+    for role, source in sources.items():
+        digests = {name: tensors.tensor_sha256(source.read(name)) for name in source.layout}
+        assert known[role]["weights_sha256"] == tensors.layout_sha256(source, digests)
+
+
+QUIZ = '''
+import numpy as np
+from clbench.suite import Rows, Suite
+
+
+class Quiz(Suite):
+    """Forty questions that every model gets right, and forty that are guessed."""
+
+    needs_stream = False
+
+    def data_sha256(self):
+        return "quiz"
+
+    def measure(self, checkpoint):
+        groups = ["known"] * 40 + ["guessed"] * 40
+        ones = np.ones(160, dtype=np.int64)
+        right = [1.0] * 40 + [float(i % 2) for i in range(40)]
+        return Rows(item=[f"{g}/{i}" for i, g in enumerate(groups)] * 2, stage=-ones,
+                    metric=["acc"] * 80 + ["chance"] * 80, value=np.array(right + [0.5] * 80), n_tokens=ones,
+                    n_bytes=ones, group=groups * 2, change=[""] * 160)
+'''
+
+
+def test_a_suite_stands_beside_the_losses_and_alpha_is_learnt_on_other_documents(
+    forgetful: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "quiz.py").write_text(QUIZ)
+    texts = ("--domain", forgetful[2], "--general", "tinydocs@0", "--tokens", 400, "--device", "cpu")
+    small = ("--learn-tokens", 300, "--learn-steps", 2, "--suite", f"{tmp_path / 'quiz.py'}:Quiz")
+    out = tmp_path / "out"
+    facts = found(merge(forgetful[:2], *texts, *small, "-m", "learned-alpha", "-s", 0.5, "--out", out, "--json"))
+    (chosen,) = [point for point in facts["points"] if point["chosen"]]
+    scores = chosen["standing"]["scores"]
+    assert (scores["known"], scores["guessed"]) == ({"score": 1.0}, {"score": 0.5})
+    assert list(facts["left_out"]) == ["guessed"]
+    general = scores["general"]["nats_per_token"]
+    base = next(p for p in facts["points"] if p["label"] == "base")["standing"]["scores"]["general"]["nats_per_token"]
+    assert chosen["standing"]["general"]["value"] == pytest.approx((base / general + 1) / 2)
+    learning = facts["bill"]["learning"]
+    assert learning["losses_nats"] and learning["flops"] > 0
+    assert facts["bill"]["search_total"]["flops"] > learning["flops"]
+    assert {side: text["sha256"] for side, text in learning["texts"].items()} != {
+        side: text["sha256"] for side, text in facts["texts"].items()
+    }
+    page = (out / "report.html").read_text()
+    assert "guessed does not count" in page and "learning shares" in page
+    shares = {layer["unit"]: layer["strength"] for layer in facts["layers"]}
+    base_weights, tuned = weights(forgetful[0]), weights(forgetful[1])
+    name = "model.layers.0.mlp.up_proj.weight"
+    wanted = torch.lerp(tuned[name], base_weights[name], round(shares["model.layers.0"], 8))
+    torch.testing.assert_close(weights(out)[name], wanted)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("-m", "graft", "-s", 0.5), "second moments of 1 models"),
+        (("-m", "ota", "-s", 0.5), "second moments of 1 models"),
+        (("-m", "wise-ft", "-s", 0.5, "--moments", "RUN"), "leave them out"),
+        (("-m", "graft", "-s", 0.5, "--moments", "nowhere"), "moments are missing"),
+        (("-m", "wise-ft", "-s", 0.5, "--expert", "RUN"), "one tuned model"),
+        (("-m", "soup", "-s", 0.5), "no strength"),
+        (("-m", "learned-alpha", "-s", 0.5), "reads text"),
+        (("-m", "greedy-soup"), "reads text"),
+        (("-m", "soup", "--checkpoints", "RUN"), "brings its own models"),
+        (("-m", "wise-ft", "-s", 0.5, "--suite", "heldout"), "beside texts"),
+        (("-m", "wise-ft", *TEXTS, "--suite", "heldout"), "name a stream"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(
+    models: tuple[Path, Path], tmp_path: Path, arguments: tuple[object, ...], match: str
+) -> None:
+    out = tmp_path / "out"
+    done = merge(models, *(models[1].parent if one == "RUN" else one for one in arguments), "--out", out)
+    assert done.code == 2
+    assert done.err.count("\n") == 1 and match in done.err
+    assert not out.exists()
+    if match == "brings its own models":
+        none = clbench("merge", "--base", models[0])
+        assert none.code == 2 and "no tuned model" in none.err

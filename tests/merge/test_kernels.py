@@ -376,3 +376,27 @@ def test_the_threshold_of_a_density_is_that_of_a_sorted_list(values: list[float]
     wanted = sorted(values, reverse=True)[k.n_kept(density, len(values)) - 1]
     assert k.threshold_of_density(lambda: parts, density) == wanted
     assert k.threshold_of_density(lambda: parts, 0) == math.inf
+
+
+# --- CheckFree's neighbours
+
+
+def test_neighbours_are_the_weighted_mean_and_a_lone_one_is_copied() -> None:
+    w1, below, above = (gaussian(5, 7, seed=n) for n in (1, 2, 3))
+    torch.testing.assert_close(k.neighbours(w1, below, above), (below + above) / 2)
+    weighted = k.neighbours(w1, below, above, weights=(3.0, 1.0))
+    torch.testing.assert_close(weighted, (3 * below + above) / 4)
+    assert torch.equal(k.neighbours(w1, below, None), below)
+    assert torch.equal(k.neighbours(w1, None, above), above)
+    assert torch.equal(k.neighbours(w1, below, above, weights=(1.0, 0.0)), below)  # weights to their limits
+    assert torch.equal(k.neighbours(w1, below, above, weights=(0.0, 1.0)), above)
+    assert torch.equal(k.neighbours(w1, below, above, s=0.0), w1)
+    half = k.neighbours(w1, below, above, s=0.5)
+    torch.testing.assert_close(half, w1 / 2 + (below + above) / 4)
+    torch.testing.assert_close(k.neighbours(w1, below, below), below)  # equal neighbours: that value
+    narrow = k.neighbours(w1.bfloat16(), below.bfloat16(), above.bfloat16())
+    wide = (below.bfloat16().float() + above.bfloat16().float()) / 2
+    assert torch.equal(narrow, wide.bfloat16())  # fp32 within, one cast
+    for weights in ((0.0, 0.0), (-1.0, 2.0), (math.nan, 1.0), (1.0,)):
+        with pytest.raises(ConfigError):
+            k.neighbours(w1, below, above, weights=weights)

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from clbench.errors import ClbenchError
 from clbench.merge import search
-from clbench.merge.evaluate import Benchmark, Judge, draw, read_text
+from clbench.merge.evaluate import Benchmark, JointJudge, Judge, SuiteJudge, draw, read_text
 from clbench.merge.execute import Sources, merge_weights
 from clbench.merge.families import BASE, TUNED, Restoring, Spot
 from clbench.merge.families import Path as PathFamily
 from clbench.merge.front import Point, pick
 from clbench.merge.outcome import Yardstick
-from clbench.merge.plan import KEEP, RESTORE, MergePlan
+from clbench.merge.plan import KEEP, RESTORE, Action, MergePlan, Rule
 from clbench.merge.scores import Scorer, TensorScore, block_depth
 from clbench.merge.search import Desk, Walk
 from clbench.merge.select import Ordering, order_units
@@ -467,3 +468,145 @@ def test_what_a_search_tells_is_every_measurement_once(lab: Lab) -> None:
     lab.desk.tell = lambda one: told.append(one.spot)
     lab.walk(lab.restoring(), 0.9).run()
     assert len(told) == len(lab.desk.found)
+
+
+# --- CheckFree: the blocks around in the place of the base
+
+
+def test_checkfree_takes_the_nearest_blocks_that_are_not_restored_themselves(lab: Lab) -> None:
+    family = lab.restoring()
+    units = ["layers.0", "layers.4", "layers.5", f"layers.{N_LAYERS - 1}"]
+    plan = family.checkfree(units, 1.0)
+    assert plan is not None
+    merged, tuned = merge_weights(plan, lab.sources), lab.tuned
+    blocks = {0: (1, 1), 4: (3, 6), 5: (3, 6), N_LAYERS - 1: (N_LAYERS - 2, N_LAYERS - 2)}
+    for layer in range(N_LAYERS):
+        name = f"layers.{layer}.up.weight"
+        low, high = (tuned[f"layers.{n}.up.weight"] for n in blocks.get(layer, (layer, layer)))
+        torch.testing.assert_close(merged[name], (low + high) / 2)
+    assert torch.equal(merged["embed.weight"], tuned["embed.weight"])
+    assert family.checkfree(list(family.order.units), 1.0) is None  # nothing is left to take
+    assert MergePlan.from_dict(plan.as_dict()) == plan
+    with pytest.raises(ClbenchError, match=r"layers\.99"):
+        merge_weights(MergePlan(KEEP, (Rule("layers.1", Action("neighbours", {"below": 99})),)), lab.sources)
+    labels = [spot.label for spot in search.controls(family, family.first(4, 0.7), lab.scores, lab.sources)]
+    assert "checkfree" in labels
+
+
+# --- accuracies of a suite
+
+
+QUESTIONS = '''
+import numpy as np
+from clbench.suite import Rows, Suite
+
+
+class Quiz(Suite):
+    """Sums: right where the model says so."""
+
+    needs_stream = False
+
+    def data_sha256(self):
+        return "quiz"
+
+    def measure(self, checkpoint):
+        rows = []
+        for group, n, share, chance in (("sums", 40, checkpoint.model.sums, 0.25), ("luck", 40, 0.5, 0.5)):
+            for i in range(n):
+                rows.append((f"{group}/{i}", "acc", float(i < n * share), group))
+                rows.append((f"{group}/{i}", "chance", chance, group))
+        ones = np.ones(len(rows), dtype=np.int64)
+        return Rows(item=[r[0] for r in rows], stage=-ones, metric=[r[1] for r in rows],
+                    value=np.array([r[2] for r in rows]), n_tokens=ones, n_bytes=ones,
+                    group=[r[3] for r in rows], change=[""] * len(rows))
+
+    def flops(self, checkpoint):
+        return 7.0
+
+
+class Losses(Quiz):
+    def measure(self, checkpoint):
+        rows = Quiz.measure(self, checkpoint)
+        return Rows(**{**vars(rows), "metric": ["nll_nats"] * len(rows.item)})
+'''
+
+
+class Answering(Quadratic):
+    """The quadratic judge beside a suite: a model also says how many sums it gets right."""
+
+    def measure(self, checkpoint: Any) -> Rows:
+        self.n += 1
+        return rows_of(*checkpoint.losses)
+
+
+@pytest.fixture
+def quiz(tmp_path: Path) -> Path:
+    file = tmp_path / "quiz.py"
+    file.write_text(QUESTIONS)
+    return file
+
+
+def model(sums: float, general: float, domain: float) -> Any:
+    return SimpleNamespace(model=SimpleNamespace(sums=sums), losses=(general, domain))
+
+
+def test_a_suites_groups_are_benchmarks_beside_losses_and_what_the_base_cannot_is_left_out(quiz: Path) -> None:
+    joint = JointJudge([Answering({}, {}), SuiteJudge(f"{quiz}:Quiz")])
+    raw = [joint.measure(model(*one)) for one in ((0.85, 2.0, 5.0), (0.55, 4.0, 3.0), (0.7, 2.5, 3.5))]
+    benchmarks, base = joint.read(raw[0])
+    assert [(b.name, b.side, b.lower_is_better, b.chance) for b in benchmarks] == [
+        ("old", "general", True, 0.0),
+        ("new", "domain", True, 0.0),
+        ("sums", "general", False, 0.25),
+        ("luck", "general", False, 0.5),
+    ]
+    assert [int((base.stage == c).sum()) for c in range(4)] == [20, 20, 40, 40]
+    items = [joint.read(one)[1] for one in raw]
+    yardstick = Yardstick(benchmarks=benchmarks, base=items[0], tuned=items[1])
+    assert list(yardstick.left_out) == ["luck"]
+    wanted = (2.0 / 2.5 + (0.7 - 0.25) / (0.85 - 0.25)) / 2
+    assert yardstick.retention(items[2]) == pytest.approx(wanted)
+    (merged,) = yardstick.standings(items[2:])
+    assert merged.general.value == pytest.approx(wanted)
+    assert merged.domain.value == pytest.approx(0.75)  # the domain side has no questions
+    assert merged.recovered == pytest.approx((1.5 / 2 + 0.15 / 0.3) / 2)
+    assert merged.scores["sums"] == {"score": pytest.approx(0.7)}
+    assert yardstick.losses(items[2]) == (pytest.approx(2.5), pytest.approx(3.5))  # nats and shares do not mix
+    assert joint.cost(model(0, 0, 0)) == (400, 1e6 + 7.0)
+
+
+def test_measurements_of_a_suite_are_kept_with_what_says_its_chance(quiz: Path, lab: Lab, tmp_path: Path) -> None:
+    bench: Any = SimpleNamespace(holding=lambda plan: nullcontext(model(0.85 if plan == BASE.plan else 0.5, 2.0, 5.0)))
+
+    def desk() -> Desk:
+        judge = JointJudge([Answering({}, {}), SuiteJudge(f"{quiz}:Quiz")])
+        return Desk(lab.sources, judge, lambda: bench, address="quiz", folder=tmp_path / "kept")
+
+    first, second = desk(), desk()
+    fresh, kept = first.measure(BASE, "end"), second.measure(BASE, "end")
+    assert (first.n_fresh, second.n_fresh) == (1, 0)
+    assert second.benchmarks == first.benchmarks
+    assert kept.rows.item == fresh.rows.item
+    assert np.array_equal(kept.rows.stage, fresh.rows.stage)
+
+
+def test_suites_that_answer_no_questions_are_refused(quiz: Path) -> None:
+    judge = SuiteJudge(f"{quiz}:Losses")
+    with pytest.raises(ClbenchError, match="metric acc"):
+        judge.read(judge.measure(model(0.5, 0, 0)))
+    with pytest.raises(ClbenchError, match="name a stream"):
+        SuiteJudge("heldout")
+    twice = JointJudge([SuiteJudge(f"{quiz}:Quiz"), SuiteJudge(f"{quiz}:Quiz")])
+    with pytest.raises(ClbenchError, match="two benchmarks"):
+        twice.read(twice.measure(model(0.5, 0, 0)))
+    alone = SuiteJudge(f"{quiz}:Quiz")
+    benchmarks, base = alone.read(alone.measure(model(0.25, 0, 0)))
+    own = Benchmark(name="own", side="domain", lower_is_better=False)
+    with pytest.raises(ClbenchError, match="no general benchmark is left"):
+        Yardstick(benchmarks=(*benchmarks, own), base=with_own(base), tuned=with_own(base))
+
+
+def with_own(rows: Rows) -> Rows:
+    """A domain benchmark of as many questions."""
+    own = Rows(**{**vars(rows), "stage": np.full(len(rows.item), 2)})
+    return Rows.joined([rows, own])

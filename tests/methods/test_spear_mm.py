@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from clbench import registry, seeds
 from clbench.contract.lab import Lab, Trace
 from clbench.errors import ClbenchError, ConfigError
 from clbench.merge import kernels, select
-from clbench.merge.scores import Scorer, unit_of
+from clbench.merge.scores import Scorer, block_number, unit_of
 from clbench.method import Method, Need, Weights
 from clbench.train.models import copy_weights, weights_of
+from tests.engine import run_tiny
 
 STAGES = (1, 2)
 
@@ -113,6 +116,7 @@ MERGES = [
     "wise-ft:alpha=0.3",
     "wise-ft:interp=slerp",
     "dg-hard",
+    "intruder-reduction:factor=0",
     "task-vector",
     "task-vector:kind=breadcrumbs,scale=0.5",
     "task-vector:kind=dare",
@@ -138,6 +142,8 @@ def test_merging_a_model_with_itself_changes_nothing(lab: Lab, spec: str) -> Non
         ("spear-mm:s=0", "tuned"),
         ("spear-mm:policy=free,q=1,s=1,embeddings=true", "base"),
         ("dg-hard:scale=0", "tuned"),
+        ("intruder-reduction:factor=1", "tuned"),
+        ("intruder-reduction:epsilon=0", "tuned"),
         ("task-vector:density=1", "tuned"),
         ("task-vector:kind=dare,density=1", "tuned"),
         ("task-vector:kind=breadcrumbs,density=1", "tuned"),
@@ -283,6 +289,10 @@ def test_freeze_takes_whole_parts_of_names_and_leaves_something_to_train(lab: La
         "wise-ft:alpha=1.5",
         "wise-ft:interp=arc",
         "dg-hard:scale=-1",
+        "intruder-reduction:factor=2",
+        "intruder-reduction:top_k=0",
+        "learned-alpha:mix=-1",
+        "learned-alpha:steps=0",
         "task-vector:kind=ties",
         "task-vector:density=2",
         "freeze:file=nowhere.yaml",
@@ -296,3 +306,93 @@ def test_wrong_options_are_refused(lab: Lab, spec: str) -> None:
 def test_needs_are_those_that_are_used() -> None:
     assert make("spear-mm").needs == {Need.STAGE_BOUNDARIES, Need.BASE_WEIGHTS}
     assert make("spear-mm:towards=previous").needs == {Need.STAGE_BOUNDARIES}
+
+
+def test_checkfree_fills_the_chosen_blocks_from_those_around_them(lab: Lab, plain: Trace) -> None:
+    tuned, base = plain.releases[2], base_of(lab)
+    found, _ = merge("spear-mm:choose=checkfree,q=0.4,s=1", tuned, base)
+    scores = Scorer().score((name, base[name], tuned[name]) for name in tuned)
+    chosen = select.order_units(scores).top(0.4)
+    moved = {name for name in found if not same(found[name], tuned[name])}
+    assert moved and {unit_of(name, "layer") for name in moved} <= set(chosen)
+    for name in moved:
+        near = select.surviving_neighbours(tuned, [n for n in tuned if unit_of(n, "layer") in chosen])[name]
+        parts = [tuned[name.replace(f"layers.{block_number(name)}.", f"layers.{n}.")] for n in near.values()]
+        torch.testing.assert_close(found[name], sum(parts) / len(parts))
+    with pytest.raises(AssertionError):  # the base is not looked at
+        assert any(same(found[name], base[name]) for name in moved)
+
+
+def test_intruder_reduction_behind_lora_is_what_peft_does_to_it(lab: Lab) -> None:
+    plain = released(lab, "lora:r=2,alpha=64")
+    reduced = released(lab, "lora:r=2,alpha=64", "intruder-reduction:factor=0.5,epsilon=0.9,rank=2")
+    base, n_moved = base_of(lab), 0
+    for name, tuned in plain.releases[2].items():
+        wanted = tuned
+        if tuned.ndim == 2 and unit_of(name, "layer") is not None:
+            wanted = kernels.reduce_intruders(tuned, base[name], factor=0.5, epsilon=0.9, rank=2)
+            n_moved += not same(wanted, tuned)
+        assert same(reduced.releases[2][name], wanted), name
+    said = {key: value for own in reduced.ledger["notes"]["2"].values() for key, value in own.items()}
+    assert said["intruders"] >= said["matrices_with_intruders"] == n_moved > 0
+
+
+def test_learned_alpha_learns_on_training_text_and_releases_every_layer_on_its_own_place(
+    lab: Lab, plain: Trace
+) -> None:
+    spec = "learned-alpha:steps=3,rows=1,learning_rate=0.5"
+    found = released(lab, spec)
+    base = base_of(lab)
+    for stage in STAGES:
+        said, tuned = notes(found, stage), plain.releases[stage]  # training itself is unchanged
+        shares = {key.removeprefix("restored_"): value for key, value in said.items() if key.startswith("restored_")}
+        assert len(set(shares.values())) > 1 and all(0 < share < 1 for share in shares.values())
+        for name, tensor in found.releases[stage].items():
+            share = shares[unit_of(name, "layer") or name]
+            assert same(tensor, kernels.lerp(tuned[name], base[name], share)), name
+        assert said["loss_after"] != said["loss_before"]
+    assert found.ledger["flops"]["merge"] > plain.ledger["flops"].get("merge", 0.0)
+    assert make(spec).needs >= {Need.PAST_DATA, Need.CURRENT_DATA, Need.BASE_WEIGHTS}
+    with pytest.raises(ConfigError, match="adapters"):
+        released(lab, "lora:r=2", spec)
+
+
+def test_second_moments_lie_beside_every_release_and_change_nothing_else(clbench_home: Path, tmp_path: Path) -> None:
+    whole = run_tiny(tmp_path / "full", place={"moments": "full"}).folder
+    small = run_tiny(tmp_path / "rank1", place={"moments": "rank1"}).folder
+    for stage in (1, 2, 3):
+        release = Path("release") / f"stage-{stage:02d}"
+        full, factors = (load_file(run / release / "moments.safetensors") for run in (whole, small))
+        names = {key.partition("/")[2] for key in full}
+        assert names == {name for name in load_file(whole / release / "model.safetensors") if "lm_head" not in name}
+        for name in names:
+            v = full[f"exp_avg_sq/{name}"]
+            if v.ndim == 2:
+                torch.testing.assert_close(factors[f"exp_avg_sq_row/{name}"], v.sum(1))
+                torch.testing.assert_close(factors[f"exp_avg_sq_column/{name}"], v.sum(0))
+            else:
+                assert same(factors[f"exp_avg_sq/{name}"], v)
+    last = load_file(sorted(whole.glob("checkpoints/003-*-1"))[-1] / "optimizer.safetensors")
+    full = load_file(whole / "release" / "stage-03" / "moments.safetensors")
+    assert all(same(tensor, last[key]) for key, tensor in full.items())
+    assert all(key.startswith("exp_avg_sq/") for key in full)
+    tuned = load_file(whole / "release" / "stage-03" / "model.safetensors")
+    assert all(same(tensor, load_file(small / "release" / "stage-03" / "model.safetensors")[n])
+               for n, tensor in tuned.items())  # fmt: skip
+
+
+class Plain(Method):
+    """Gradient descent, which keeps no second moments."""
+
+    def make_optimizer(self, groups: Any, *, learning_rate: float, betas: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=learning_rate)
+
+
+def test_moments_that_nobody_keeps_are_refused_before_anything_is_trained(clbench_home: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="SGD keeps no second moments"):
+        run_tiny(tmp_path, [Plain()], place={"moments": "full"})
+    assert not list(tmp_path.rglob("moments.safetensors"))
+    with pytest.raises(ConfigError, match="those of adapters"):
+        run_tiny(tmp_path, ["lora"], place={"moments": "full"})
+    with pytest.raises(ConfigError, match="give full or rank1"):
+        run_tiny(tmp_path, place={"moments": "svd"})
