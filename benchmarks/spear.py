@@ -100,7 +100,7 @@ def prepared(arguments: argparse.Namespace, base: Path, stream: str, stage: int,
         base=base,
         tuned=tuned,
         domain=f"{stream}@{stage}",
-        general=f"{stream}@0",
+        general=arguments.general or f"{stream}@0",
         n_tokens=arguments.tokens,
         device=arguments.device,
         granularity=arguments.granularity,
@@ -543,6 +543,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/domain-smollm2/sequential"), help="with seed-0, seed-1 …"
     )
+    parser.add_argument("--general", help="text that the base knew, as `clbench merge` takes it; the stream's stage 0")
     parser.add_argument("--base", type=Path, help="the base's folder; that of the run by default")
     parser.add_argument("--stage", type=int, help="whose release; the last by default")
     parser.add_argument("--seeds", type=int, nargs="*", help="those that are there by default")
