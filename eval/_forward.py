@@ -55,6 +55,13 @@ def prefix_token_id(tokenizer: Any) -> int:
     )
 
 
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Encode as lm-eval does: with the tokenizer's own special tokens, unless the text starts with its prefix."""
+    if text.startswith(tokenizer.decode(prefix_token_id(tokenizer))):
+        return list(tokenizer.encode(text, add_special_tokens=False))
+    return list(tokenizer.encode(text))
+
+
 def batches(n_input: IntArray, tokens_per_batch: int) -> list[IntArray]:
     """Sort rows by length, longest first (lack of memory shows at once), into batches of about equal size.
 
