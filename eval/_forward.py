@@ -5,9 +5,10 @@ Letters in names: W rows of a batch, T positions, P scored positions, V vocabula
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,11 +56,20 @@ def prefix_token_id(tokenizer: Any) -> int:
     )
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Encode as lm-eval does: with the tokenizer's own special tokens, unless the text starts with its prefix."""
-    if text.startswith(tokenizer.decode(prefix_token_id(tokenizer))):
-        return list(tokenizer.encode(text, add_special_tokens=False))
-    return list(tokenizer.encode(text))
+def encode_texts(tokenizer: Any, texts: Iterable[str]) -> dict[str, list[int]]:
+    """Return the token ids of every distinct text, as lm-eval encodes them one by one.
+
+    That is with the tokenizer's own special tokens, unless the text starts with its prefix token already.
+    """
+    prefix = tokenizer.decode(prefix_token_id(tokenizer))
+    found: dict[str, list[int]] = {}
+    distinct = iter(dict.fromkeys(texts))
+    while chunk := list(islice(distinct, ENCODE_CHUNK)):
+        for special in (True, False):
+            if some := [text for text in chunk if text.startswith(prefix) is not special]:
+                output = tokenizer(some, add_special_tokens=special, return_attention_mask=False, verbose=False)
+                found |= zip(some, output["input_ids"], strict=True)
+    return found
 
 
 def batches(n_input: IntArray, tokens_per_batch: int) -> list[IntArray]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from clbench.errors import ConfigError, NonFiniteError
 from clbench.eval._forward import (
-    encode_text,
+    encode_texts,
     head_is_all,
     precision,
     prefix_token_id,
@@ -161,7 +161,9 @@ class _Runner:
         import torch
 
         self.model: Any = checkpoint.model
-        self.way, self.device, self.cache = way, checkpoint.device, None
+        self.way, self.device = way, checkpoint.device
+        self.cache: Any = None
+        self.cache_name = ""
         width = max(len(row) for row in ids)
         self.input_WT = torch.tensor([[0] * (width - len(row)) + row for row in ids], device=self.device)
         self.mask_WT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=self.device)
@@ -180,11 +182,13 @@ class _Runner:
             arguments["attention_mask"] = self.mask_WT
             arguments["position_ids"] = (self.mask_WT.cumsum(1) - 1).clamp_(min=0)[:, -n_new:]
         if self.cache is not None:
-            arguments["past_key_values"] = self.cache
+            arguments[self.cache_name] = self.cache
         run = self.model.base_model if self.way.head_is_all else self.model
         output = run(**arguments, use_cache=self.way.cached, return_dict=True)
         if self.way.cached:
-            self.cache = output.past_key_values
+            # transformers 5.24 renamed it, inputs and outputs alike
+            self.cache_name = "cache" if "cache" in output else "past_key_values"
+            self.cache = getattr(output, self.cache_name)
         states: torch.Tensor = (output.last_hidden_state if self.way.head_is_all else output.logits)[:, -1]
         return states
 
@@ -265,8 +269,9 @@ def _encoded(
 ) -> list[list[int]]:
     """Return the token ids of every prompt, cut from the left."""
     tokenizer, found = checkpoint.tokenizer, []
+    ids_of = encode_texts(tokenizer, prompts)
     for prompt, name in zip(prompts, names, strict=True):
-        ids = encode_text(tokenizer, prompt) or [prefix_token_id(tokenizer)]
+        ids = ids_of[prompt] or [prefix_token_id(tokenizer)]
         if refuse and len(ids) > room:
             raise ConfigError(
                 f"the prompt has {len(ids)} tokens, there is room for {room}",

@@ -27,7 +27,7 @@ from clbench.eval._forward import (
     TOKENS_PER_BATCH,
     IntArray,
     batches,
-    encode_text,
+    encode_texts,
     head_is_all,
     precision,
     prefix_token_id,
@@ -44,7 +44,16 @@ from clbench.suite import Checkpoint
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Question", "choice_nats", "encode_question", "generate", "is_merged", "n_cut", "rolling_nats"]
+__all__ = [
+    "Encoded",
+    "Question",
+    "choice_nats",
+    "encode_pairs",
+    "encode_question",
+    "generate",
+    "n_cut",
+    "rolling_nats",
+]
 
 Mask = Literal["bool", "additive"]
 WHERE = "scoring of choices"
@@ -65,46 +74,50 @@ class Question:
 # --- from texts to questions
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A context and what follows it, in token ids."""
+
+    context: list[int]
+    continuation: list[int]
+    is_merged: bool
+    """The tokenizer merges over the boundary: the two parts together are not the tokens of the text."""
+
+
 def encode_question(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Return the token ids of a context and of what follows it, split where lm-eval splits.
+    """Return the token ids of a context and of what follows it, split where lm-eval splits; see ``encode_pairs``."""
+    found = encode_pairs(tokenizer, [(context, continuation)])[0]
+    return found.context, found.continuation
+
+
+def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+    """Return contexts and continuations in token ids, split where lm-eval splits.
 
     Spaces at the end of the context go to the continuation; both are encoded as one text, and what is behind as many
     tokens as the context has alone is the continuation. Where the tokenizer merges over the boundary the two
-    parts together are then *not* the text (``is_merged`` says so): that, too, is as in lm-eval. An empty
-    context is the prefix token, unless the continuation starts with it.
+    parts are then *not* the text (``is_merged``): that, too, is as in lm-eval. An empty context is the prefix
+    token, unless the continuation starts with it; so is one of spaces only, which lm-eval cannot read.
 
     Raises:
-        ConfigError: the continuation has no tokens of its own: it is empty, or swallowed by the context's last token.
+        ConfigError: a continuation has no tokens of its own: it is empty, or swallowed by the context's last token.
     """
-    context, continuation = _move_spaces(context, continuation)
-    if not context:
-        ids = list(tokenizer.encode(continuation, add_special_tokens=False))
-        prefix = prefix_token_id(tokenizer)
-        context_ids, rest = ([prefix], ids) if ids[:1] != [prefix] else (ids[:1], ids[1:])
-    else:
-        context_ids = encode_text(tokenizer, context)
-        rest = encode_text(tokenizer, context + continuation)[len(context_ids) :]
-    if not rest:
-        raise ConfigError(
-            f"no token is left for the continuation {continuation[:40]!r}",
-            where=f"behind the context {context[-40:]!r}",
-            mend="take a tokenizer that keeps all characters, or leave the item out",
-        )
-    return context_ids, rest
-
-
-def is_merged(tokenizer: Any, context: str, continuation: str) -> bool:
-    """Say whether the tokenizer merges over the boundary: the context's tokens do not start the whole text's."""
-    context, continuation = _move_spaces(context, continuation)
-    if not context:
-        return False
-    ids = encode_text(tokenizer, context)
-    return encode_text(tokenizer, context + continuation)[: len(ids)] != ids
-
-
-def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
-    kept = context.rstrip()
-    return kept, context[len(kept) :] + continuation
+    moved = [(kept := context.rstrip(), context[len(kept) :] + continuation) for context, continuation in pairs]
+    ids_of = encode_texts(tokenizer, (text for kept, rest in moved if kept for text in (kept, kept + rest)))
+    prefix, found = prefix_token_id(tokenizer), []
+    for kept, rest in moved:
+        if kept:
+            start, whole = ids_of[kept], ids_of[kept + rest]
+        else:
+            start, whole = [prefix], list(tokenizer.encode(rest, add_special_tokens=False))
+            whole = whole if whole[:1] == start else start + whole
+        if len(whole) <= len(start):
+            raise ConfigError(
+                f"no token is left for the continuation {rest[:40]!r}",
+                where=f"behind the context {kept[-40:]!r}",
+                mend="take a tokenizer that keeps all characters, or leave the item out",
+            )
+        found.append(Encoded(start, whole[len(start) :], whole[: len(start)] != start))
+    return found
 
 
 # --- what is computed
