@@ -20,7 +20,9 @@ from clbench.results.store import RunStore, find_runs
 from clbench.specification import read_specification
 
 if TYPE_CHECKING:
+    from clbench.results.stats import Interval
     from clbench.results.summary import Comparison, Difference, MethodSummary, Score
+    from clbench.results.tasks import StageTable
 
 KINDS = ("methods", "streams", "suites", "tracks")
 FIRST_COLUMN, METHOD_COLUMN = 19, 25
@@ -228,3 +230,32 @@ def interval(score: Score | Difference) -> str:
     if not (math.isfinite(score.low) and math.isfinite(score.high)):
         return f"{score.value:.3f}"
     return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
+
+
+def show_stage_table(title: str, table: StageTable) -> None:
+    """Print the scores of a run by task and stage, and what every stage retains of the base's."""
+    console = Console(markup=False, highlight=False, emoji=False)
+    console.print(title, style="italic", soft_wrap=True)
+    if not table.scores:
+        console.print("its suites have no scores by task", style="dim")
+        return
+    grid = Table()
+    grid.add_column("task", overflow="fold")
+    for stage, name in table.stages.items():
+        grid.add_column(f"{stage} {name}" if stage else name, justify="right")
+    for task, by_stage in table.scores.items():
+        grid.add_row(task, *(_score(by_stage.get(stage)) for stage in table.stages))
+    if table.retention:
+        kept = [table.retention.get(stage) for stage in table.stages]
+        grid.add_section()
+        grid.add_row("retention, chance off", *("–" if one is None else _score(one.corrected) for one in kept))
+        grid.add_row("retention, plain", *("–" if one is None else _score(one.plain) for one in kept))
+    console.print(grid)
+    console.print("Intervals: 95 % over items, evaluation noise.", style="dim")
+
+
+def _score(one: Interval | None) -> str:
+    if one is None or not math.isfinite(one.value):
+        return "–"
+    bounds = f" [{one.low:.3f}, {one.high:.3f}]" if math.isfinite(one.low + one.high) else ""
+    return f"{one.value:.3f}{bounds}"

@@ -135,6 +135,10 @@ class Suite(ABC):
         """Return the digest of what one part is measured on: the data's part of that cell's address."""
         return self.data_sha256()
 
+    def licences(self) -> dict[str, str]:
+        """Return under which licence the texts that it measures on may be used, by part, for reports."""
+        return {}
+
     def flops(self, checkpoint: Checkpoint) -> float:
         """Return the floating-point operations of one ``measure``, for the ledger."""
         return 0.0

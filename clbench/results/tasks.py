@@ -13,29 +13,37 @@ Definitions for people: docs/health.md.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import special
 
 from clbench.results.arms import paired_g
 from clbench.results.matrix import Array, finite_or_none
 from clbench.results.stats import LEVEL, Effect, Interval, bootstrap_interval, holm, paired_effects
+from clbench.results.store import RunStore
 from clbench.seeds import generator
 from clbench.stream import identity_of
 
-PREFERENCE = ("exact_match", "acc_norm", "acc", "score", "nll_nats")
+PREFERENCE = ("exact_match", "acc_norm", "acc", "score", "f1", "nll_nats")
 """Primary metrics, the first that a group has counts. ``acc_norm`` before ``acc``: where a suite gives it, answers
 differ in length, and plain ``acc`` prefers the short ones."""
 DIRECTION: dict[str, Direction] = {
-    "exact_match": "higher", "acc_norm": "higher", "acc": "higher", "score": "higher", "nll_nats": "lower",
-}  # fmt: skip
+    "exact_match": "higher",
+    "acc_norm": "higher",
+    "acc": "higher",
+    "score": "higher",
+    "f1": "higher",
+    "nll_nats": "lower",
+}
 """Of any other metric nobody knows here which way is better: such tasks change, and are never damaged."""
-OPEN_ENDED = ("exact_match", "score")
+OPEN_ENDED = ("exact_match", "score", "f1")
 """Metrics of generated answers: nothing can be guessed, so chance is 0 where no row says otherwise."""
 CHANCE = "chance"
 OVER_ITEMS = "bootstrap over items (evaluation noise)"
@@ -161,6 +169,81 @@ def _chance(metric: str, chances: Mapping[str, list[int]], numbers: Mapping[str,
         places = chances.get(f"{CHANCE}:{form}") or chances[min(chances)]
         return float(numbers["value"][places].sum() / numbers["n_tokens"][places].sum())
     return 0.0 if base in OPEN_ENDED else math.nan
+
+
+# --- runs
+
+
+def tasks_of_run(store: RunStore) -> dict[int, dict[str, Task]]:
+    """Return the tasks of a run by stage: of every suite, its own or measured later, that has scores and not losses.
+
+    Tasks of one name in two suites are told apart as ``SUITE-TASK``.
+    """
+    by_suite: dict[str, dict[int, dict[str, Task]]] = {}
+    for suite, stages in store.suites().items():
+        tables = {stage: store.rows(suite, stage) for stage in stages}
+        if stages and _has_scores(tables[stages[0]]):
+            by_suite[suite] = {stage: tasks_of(table, name=suite) for stage, table in tables.items()}
+    stages = sorted({stage for by_stage in by_suite.values() for stage in by_stage})
+    named = {stage: together({suite: by.get(stage, {}) for suite, by in by_suite.items()}) for stage in stages}
+    return {
+        stage: {name: task for name, task in found.items() if task.direction == "higher"}
+        for stage, found in named.items()
+    }
+
+
+def together(by_suite: Mapping[str, Mapping[str, Task]]) -> dict[str, Task]:
+    """Return the tasks of several suites under one name each: ``SUITE-TASK`` where two suites have a task of a name."""
+    n_suites = Counter(name for found in by_suite.values() for name in found)
+    names = {
+        (suite, name): f"{suite}-{name}" if n_suites[name] > 1 else name
+        for suite, found in by_suite.items()
+        for name in found
+    }
+    return {names[suite, name]: replace(by_suite[suite][name], name=names[suite, name]) for suite, name in names}
+
+
+def _has_scores(rows: pa.Table) -> bool:
+    metrics = {name.partition(":")[0] for name in pc.unique(rows["metric"]).to_pylist()}
+    return any(DIRECTION.get(name) == "higher" for name in metrics)
+
+
+@dataclass(frozen=True)
+class StageTable:
+    """Scores of a run by task and stage, and what each stage retains of the base's."""
+
+    stages: Mapping[int, str]
+    """Stages that have scores, with their names."""
+    scores: Mapping[str, Mapping[int, Interval]]
+    retention: Mapping[int, Retention]
+    """By stage, where row 0 has scores."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON-able values, NaN as None."""
+        return {
+            "stages": {str(stage): name for stage, name in self.stages.items()},
+            "scores": {
+                name: {str(stage): interval_dict(one) for stage, one in by_stage.items()}
+                for name, by_stage in self.scores.items()
+            },
+            "retention": {str(stage): one.as_dict() for stage, one in self.retention.items()},
+        }
+
+
+def stage_table(store: RunStore, *, n_resamples: int = N_RESAMPLES) -> StageTable:
+    """Return the scores of a run by task and stage, with retention against row 0."""
+    found = tasks_of_run(store)
+    titles = {int(stage["index"]): str(stage["name"]) for stage in store.config()["stages"]}
+    scores: dict[str, dict[int, Interval]] = {}
+    for stage, here in found.items():
+        for name, task in here.items():
+            scores.setdefault(name, {})[stage] = score_of(task, n_resamples=n_resamples)
+    base = found.get(0, {})
+    return StageTable(
+        stages={stage: titles.get(stage, str(stage)) if stage else "base" for stage in found},
+        scores=scores,
+        retention={stage: retention(base, here, n_resamples=n_resamples) for stage, here in found.items() if base},
+    )
 
 
 # --- scores
@@ -356,8 +439,8 @@ def _state(one: Difference, p_holm: float, direction: Direction, alpha: float) -
 def effects(found: Sequence[Change]) -> dict[str, Effect]:
     """Return standardised mean differences over tasks, of scores where higher is better: all of one scale.
 
-    ``paper``: mean over SD of the paired differences times J = 1 - 3 / (4 N - 9), as the junk paper has it, there over N
-    models (here: tasks). ``d_z``: the same with the J of N - 1 degrees of freedom; ``d_av``: over the mean of the two
+    ``paper``: mean over SD of paired differences times J = 1 - 3 / (4 N - 9), as the junk paper has it over N
+    models (here: N tasks). ``d_z``: the same with the J of N - 1 degrees of freedom; ``d_av``: over the mean of the two
     SDs. None of them knows how large a change is: they say how alike the tasks changed.
     """
     kept = [one for one in found if one.direction == "higher" and math.isfinite(one.difference.value)]
@@ -585,7 +668,9 @@ def _bucket(training: Change, then: State) -> Bucket:
 def rates(fates: Sequence[Fate]) -> dict[str, tuple[int, int]]:
     """Return (reached, possible) of healing, preservation and non-damage, by what training had done."""
     pairs: dict[str, tuple[State, Bucket]] = {
-        "healed": ("damaged", "healed"), "preserved": ("improved", "preserved"), "undamaged": ("unchanged", "undamaged"),
+        "healed": ("damaged", "healed"),
+        "preserved": ("improved", "preserved"),
+        "undamaged": ("unchanged", "undamaged"),
     }  # fmt: skip
     decided = [one for one in fates if one.bucket != "undecided"]
     return {
