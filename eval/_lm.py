@@ -11,9 +11,8 @@ Importing this imports lm-eval.
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,8 +22,11 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from clbench import seeds
 from clbench.errors import ConfigError
 from clbench.eval._forward import encode_texts, prefix_token_id, resolve_max_length, undisturbed
+from clbench.eval._lm_ready import quiet
 from clbench.eval._scorer import Question, choice_nats, encode_pairs, generate, rolling_nats
+from clbench.eval._windows import rolling_windows
 from clbench.suite import Checkpoint
+from clbench.train.models import model_forward_flops
 
 GREEDY = {"until", "max_gen_toks", "do_sample", "temperature"}
 """Settings of generation that our own knows; with any other, lm-eval generates."""
@@ -34,8 +36,10 @@ GREEDY = {"until", "max_gen_toks", "do_sample", "temperature"}
 class Note:
     """What happened to a request on its way to the model."""
 
+    n_tokens: int = 0
+    """Tokens that were scored."""
     n_cut_tokens: int = 0
-    """First tokens of the context that did not fit and were cut, as lm-eval cuts them."""
+    """First tokens of the context or prompt that did not fit and were cut, as lm-eval cuts them."""
     is_merged: bool = False
     """The tokenizer merges over the boundary, so that the scored tokens are not those of the text."""
 
@@ -70,7 +74,7 @@ class ClbenchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         prefix_token_id(checkpoint.tokenizer)  # refuses one that has none
         model: Any = checkpoint.model
         limit = resolve_max_length(model, max_length, where="lm-eval")
-        with undisturbed(model, checkpoint.device), _quiet():
+        with undisturbed(model, checkpoint.device), quiet():
             model.tie_weights = _nothing  # an attribute of this object, so it is taken back
             super().__init__(
                 pretrained=model,
@@ -82,7 +86,16 @@ class ClbenchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         self.checkpoint = replace(checkpoint, tokenizer=self.tokenizer)
         self.tokens_per_batch, self.batch_rows, self.packed = tokens_per_batch, batch_rows, packed
         self.notes: list[Note] = []
-        """One a request of the last call of ``loglikelihood``."""
+        """One a request of the last call."""
+        self.n_input: Counter[int] = Counter()
+        """Rows without padding that went through the model so far, by their number of tokens."""
+
+    def flops(self) -> float:
+        """Return the floating-point operations of everything scored so far, padding and generated tokens left out."""
+        return sum(
+            model_forward_flops(self.checkpoint.model, n_tokens=length * count, length=length)
+            for length, count in self.n_input.items()
+        )
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return ``(log-likelihood in nats, is greedy)`` for each (context, continuation), encoded all at once."""
@@ -92,7 +105,11 @@ class ClbenchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             [(pair, one.context, one.continuation) for pair, one in zip(pairs, encoded, strict=True)]
         )
         self.notes = [
-            Note(max(0, len(one.context) + len(one.continuation) - 1 - self.max_length), one.is_merged)
+            Note(
+                len(one.continuation),
+                max(0, len(one.context) + len(one.continuation) - 1 - self.max_length),
+                one.is_merged,
+            )
             for one in encoded
         ]
         return found
@@ -109,6 +126,7 @@ class ClbenchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             places.setdefault(tuple(context), []).append(place)
         questions = [Question(context, [requests[p][2] for p in found]) for context, found in places.items()]
         names = [_name_of(requests[found[0]][0]) for found in places.values()]
+        self.n_input.update(min(self.max_length, _n_input(question)) for question in questions)
         scored = choice_nats(
             self.checkpoint,
             questions,
@@ -127,6 +145,10 @@ class ClbenchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         """Return the log-likelihood of whole texts in nats."""
         texts = [request.args[0] for request in requests]
         ids_of = encode_texts(self.tokenizer, texts)
+        self.notes = [Note(len(ids_of[text])) for text in texts]
+        self.n_input.update(
+            end - start for text in texts for start, end, _ in rolling_windows(len(ids_of[text]), self.max_length)
+        )
         return list(
             rolling_nats(
                 self.checkpoint,
@@ -141,6 +163,9 @@ class ClbenchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the continuation of every prompt; requests of equal settings go together."""
         found: list[str] = [""] * len(requests)
+        ids_of = encode_texts(self.tokenizer, [request.args[0] for request in requests])
+        self.n_input.update(len(ids_of[request.args[0]]) for request in requests)
+        self.notes = [Note(0, max(0, len(ids_of[r.args[0]]) - self._room(r.args[1]))) for r in requests]
         groups: list[tuple[dict[str, Any], list[int]]] = []
         for place, request in enumerate(requests):
             settings = request.args[1]
@@ -154,6 +179,10 @@ class ClbenchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             for place, text in zip(places, texts, strict=True):
                 found[place] = text
         return found
+
+    def _room(self, settings: dict[str, Any]) -> int:
+        """Return how many tokens a prompt may have."""
+        return int(self.max_length - normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"])
 
     def _generate(self, requests: list[Any], settings: dict[str, Any]) -> list[str]:
         known = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
@@ -188,17 +217,10 @@ def _name_of(pair: Any) -> str:
     return "a question"
 
 
+def _n_input(question: Question) -> int:
+    """Return the tokens of a question in one row."""
+    return len(question.context) + sum(len(choice) - 1 for choice in question.choices)
+
+
 def _nothing(*_: Any, **__: Any) -> None:
     """Stand in for what must not happen."""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep lm-eval's warnings about live models to itself."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
