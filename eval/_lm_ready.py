@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from typing import Any
 
 import datasets
 import datasets.config
@@ -105,7 +106,7 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def _offline() -> Iterator[None]:
     """Keep the hub's packages to what they have on this machine."""
-    holders = (datasets.config, huggingface_hub.constants)
+    holders: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
     before = [holder.HF_HUB_OFFLINE for holder in holders]
     try:
         if not _online:

@@ -237,7 +237,7 @@ class _RowList:
 
     def __init__(self, task: str) -> None:
         self.task = task
-        self.columns: dict[str, list[Any]] = {
+        self.columns: dict[str, Any] = {
             name: [] for name in ("item", "stage", "metric", "value", "n_tokens", "n_bytes", "group", "change")
         }
 
@@ -256,9 +256,10 @@ class _RowList:
 
     def metric(self, name: str, value: Any, aggregation: Callable[[list[Any]], float] | None) -> None:
         """Add what lm-eval's metric says of the document: a number, or the numbers that its aggregation takes."""
-        numbers = dict(_flat(value))
-        if all(number is not None for number in numbers.values()):
-            for place, number in numbers.items():
+        places = list(_flat(value))
+        numbers = [(place, number) for place, number in places if number is not None]
+        if len(numbers) == len(places):
+            for place, number in numbers:
                 self.add(f"{name}:{place}" if place else name, number)
         elif aggregation is not None:  # texts, as of BLEU: no row can hold them, so they count document by document
             self.add(f"{name}:document", float(aggregation([value])))
@@ -275,8 +276,11 @@ class _RowList:
 
     def rows(self) -> Rows:
         """Return them."""
-        numbers = {name: np.array(self.columns[name], np.int64) for name in ("stage", "n_tokens", "n_bytes")}
-        return Rows(**self.columns | numbers | {"value": np.array(self.columns["value"], np.float64)})
+        columns = dict(self.columns)
+        for name in ("stage", "n_tokens", "n_bytes"):
+            columns[name] = np.array(columns[name], np.int64)
+        columns["value"] = np.array(columns["value"], np.float64)
+        return Rows(**columns)
 
 
 def _flat(value: Any, place: str = "") -> Iterator[tuple[str, float | None]]:
