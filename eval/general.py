@@ -91,6 +91,11 @@ class General(Suite):
         """Return the digest of all chosen sets."""
         return digest_of([self.shard_sha256(shard) for shard in self.shards()])
 
+    def licences(self) -> dict[str, str]:
+        """Return the licence of every chosen set, and whether anyone read it at its source."""
+        sets = {name: _sets.pin(name) for name in self.shards()}
+        return {name: one.licence + ("" if one.licence_read else " (as reported)") for name, one in sets.items()}
+
     def n_items(self, shard: str) -> int:
         """Return how many questions of a set are asked."""
         one = _sets.pin(shard)
