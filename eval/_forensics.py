@@ -352,7 +352,7 @@ class _Reader:
         return self._end(is_open=bool(self.run.items), taints_next=False)
 
     def _word_behind_operand(self, word: str, *, is_followed: bool) -> None:
-        if word in OPERATOR_WORDS:
+        if word in OPERATOR_WORDS and (is_followed or word in ("multiplied", "divided")):
             return self._operate(OPERATOR_WORDS[word])
         last = self.run.items[-1]
         if word == "of" and isinstance(last, Number) and (last.is_percent or last.value < 1 or self._is_fraction()):
@@ -579,7 +579,7 @@ def _followed_by_text(answer: str) -> set[int]:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a wrong answer fails by (several may hold), and the arithmetic that it states."""
+    """What a wrong answer fails by (several may hold), and how many different equations it states, and wrong ones."""
 
     failures: frozenset[str]
     n_equations: int
@@ -594,7 +594,7 @@ def reference_steps(solution: str) -> int:
 def examine(answer: str, solution: str, *, is_right: bool) -> Findings:
     """Return the labels of a worked answer against a reference solution; a right answer has none."""
     body = body_of(answer)
-    stated = equations(body)
+    stated = set(equations(body))  # an answer that goes round in circles states each once
     n_wrong = sum(not equation.holds for equation in stated)
     if is_right:
         return Findings(frozenset(), len(stated), n_wrong)

@@ -52,6 +52,7 @@ SOLUTION = (
         ("half of 10 is 5", [True]),
         ("5 times 3 is 15; 8 plus 4 equals 13", [True, False]),
         ("30 divided by 6 equals 5", [True]),
+        ("It rang 3 * 4 = 12 times. It rang 12 times a day - 2 = 10 times", [True, True]),
         ("3 x 4 = 12, 3x4=12, 3 X 4 = 13", [True, True, False]),
         ("2 × 3 = 6 and 6 ÷ 4 = 1.5 and 7 − 2 = 5", [True, True, True]),
         (r"\(\frac{3}{4} \times 8 = 6\)", [True]),
