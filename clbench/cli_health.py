@@ -94,21 +94,21 @@ def show(found: Health) -> None:
 
     console = Console(markup=False, highlight=False, emoji=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("task", overflow="fold")
-    heads = ["score", "chance", *(["baseline", "difference", "p, Holm"] if found.changes else [])]
+    table.add_column("task", overflow="fold", min_width=12)
+    heads = ["score", "chance", *(["baseline", "difference", "p"] if found.changes else [])]
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     changes = {one.task: one for one in found.changes}
     for name, score in found.scores.items():
-        row = [number(score.value) + bounds(score), number(found.tasks[name].chance)]
+        row = [number(score.value) + ("" if found.changes else bounds(score)), number(found.tasks[name].chance)]
         state = ""
         if found.changes:
             change = changes.get(name)
             row += ["–"] * 3 if change is None else [
                 number(change.before.value),
                 number(change.difference.value, sign="+") + bounds(change.difference.interval, sign="+"),
-                number(change.p_holm),
+                probability(change.p_holm),
             ]  # fmt: skip
             state = "not in the baseline" if change is None else "" if change.state == "unchanged" else change.state
         unit = f" ({found.tasks[name].unit})" if found.tasks[name].direction == "lower" else ""
@@ -152,6 +152,11 @@ def notes(found: Health) -> list[str]:
 def number(value: float, *, sign: str = "") -> str:
     """Return three decimals, a dash where undefined."""
     return f"{value:{sign}.3f}" if math.isfinite(value) else "–"
+
+
+def probability(p: float) -> str:
+    """Return a p-value, a dash where undefined."""
+    return "<0.001" if p < 0.001 else number(p)
 
 
 def bounds(one: Any, *, sign: str = "") -> str:

@@ -452,7 +452,8 @@ class _Run:
             answer = self._ask(number, device, task)
             if self.stopped:
                 return
-            if answer is None or answer.get("broken"):
+            # A device that failed once fails at everything from then on.
+            if answer is None or (answer.get("broken") and device.startswith("cuda")):
                 _end(self.processes.pop(number))
             self.settle(task, answer)
 

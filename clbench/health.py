@@ -87,7 +87,8 @@ class Health:
         else:
             parts.append("no baseline was named")
         if self.failures:
-            parts.append(f"{len(self.failures)} cells could not be measured")
+            cells = "1 cell" if len(self.failures) == 1 else f"{len(self.failures)} cells"
+            parts.append(f"{cells} could not be measured")
         return "; ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:

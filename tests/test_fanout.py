@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from clbench import cells, extras, fanout, registry
+from clbench import cells, extras, fanout, outside, registry
 from clbench.build import build_stream
-from clbench.errors import BusyError, ConfigError, NotFoundError
+from clbench.cli import app
+from clbench.errors import BusyError, ClbenchError, ConfigError, NotFoundError
 from clbench.fanout import Job, Outcome, Request, Subject, measure
 from clbench.leaderboard import submission
 from clbench.results import tasks
@@ -27,7 +29,7 @@ from clbench.results.summary import summarise
 from clbench.run import Place, execute
 from clbench.stream import Stream
 from clbench.tracking import plan_of
-from clbench.train.models import make_model, save_model, weights_of
+from clbench.train.models import load_model, make_model, save_model, weights_of
 from tests import probe_suite
 from tests.engine import prepare_tiny, tiny_track
 from tests.probe_suite import N_ITEMS
@@ -370,3 +372,69 @@ def test_a_suite_of_questions_in_a_track(tmp_path: Path, tinydocs: Stream) -> No
     subject = extras.subject_of(store, 1)
     outcome = measure([Job(subject=subject, requests=(Request(spec=spec(place)),))])
     assert (outcome.n_measured, outcome.n_cached) == (0, 3)
+
+
+# the command
+
+
+def clbench(*words: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command in this process."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit | ClbenchError):
+        raise result.exception
+    error = str(result.exception) if isinstance(result.exception, ClbenchError) else result.stderr
+    return result.exit_code, result.stdout, error
+
+
+def test_evaluate_measures_a_run(run: RunStore, tmp_path: Path) -> None:
+    store, place = copied(run, tmp_path / "run"), tmp_path / "probe"
+    place.mkdir()
+    (place / "crash-b").touch()
+    code, out, error = clbench("evaluate", store.folder, "--suite", spec(place), "--json")
+    assert code == 1
+    assert f"{store.folder} base · {spec(place)} · b: ValueError: a defect" in error
+    assert json.loads(out)["runs"][str(store.folder)]["scores"] == {}, "no stage has all of its shards"
+    (place / "crash-b").unlink()
+    code, out, _ = clbench("evaluate", store.folder, "--suite", spec(place))
+    assert code == 0
+    assert "task-b" in out
+    assert "retention, chance off" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--suite", "no-such"], "unknown suite"),
+        ([], "no suite was named"),
+        (["0=base", "--suite", "probe"], "cannot be measured at once"),
+        (["--suite", "heldout", "--devices", "cuda:99"], "cannot be used"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(run: RunStore, words: list[str], expected: str) -> None:
+    code, _, error = clbench("evaluate", run.folder, *words)
+    assert code != 0
+    assert expected in error
+
+
+def test_evaluate_with_workers_is_evaluate(run: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints from elsewhere get the rows that the run has; one that cannot be measured has none, and is named."""
+    monkeypatch.setattr(fanout._Run, "spread", lambda self, n_workers, devices: self.here())
+    place, track = Place(runs_root=tmp_path, device="cpu"), tiny_track()
+    given = {stage: str(run.folder / "release" / f"stage-{stage:02d}") for stage in (1, 2)}
+    store, failures = outside.measure_checkpoints(track, given, label="mine", out=tmp_path / "a", place=place, n_jobs=2)
+    assert (failures, store.stages_done(), store.status()["state"]) == ([], [1, 2], "done")
+    for stage in given:
+        assert store.rows("heldout", stage).equals(run.rows("heldout", stage))
+        assert store.stage_record(stage)["weights_sha256"] == run.stage_record(stage)["weights_sha256"]
+    assert store.ledger()["evaluations"].keys() == {"1", "2"}
+
+    broken = shutil.copytree(given[2], tmp_path / "broken")
+    model = load_model(given[2])
+    with torch.no_grad():
+        next(model.parameters())[:] = float("nan")
+    save_model(model, weights_of(model), broken, tokenizer_folder=run.folder / "release" / "stage-01")
+    store, failures = outside.measure_checkpoints(
+        track, {1: given[1], 2: str(broken)}, label="mine", out=tmp_path / "b", place=place, n_jobs=2
+    )
+    assert [one.subject for one in failures] == ["stage 2"]
+    assert (store.stages_done(), store.status()["state"]) == ([1], "failed")

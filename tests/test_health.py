@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Sequence
@@ -129,7 +130,7 @@ def test_the_page_is_one_whole_file(models: dict[str, str], place: Path) -> None
     assert len(pieces.ids) == len(set(pieces.ids))
     assert all(link.startswith(("#", "data:")) for link in pieces.links)
     assert {link[1:] for link in pieces.links if link.startswith("#")} <= set(pieces.ids)
-    assert "default-src 'none'" in text
+    assert "default-src 'none'" in html.unescape(text)
     assert not re.search(
         r"\bnan\b|\bNone\b|inf\b", re.sub(r"<style>.*?</style>|<script>.*?</script>", "", text, flags=re.S)
     )

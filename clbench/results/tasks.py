@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -184,23 +184,29 @@ def tasks_of_run(store: RunStore) -> dict[int, dict[str, Task]]:
         tables = {stage: store.rows(suite, stage) for stage in stages}
         if stages and _has_scores(tables[stages[0]]):
             by_suite[suite] = {stage: tasks_of(table, name=suite) for stage, table in tables.items()}
+    every = {suite: {name for here in by.values() for name in here} for suite, by in by_suite.items()}
     stages = sorted({stage for by_stage in by_suite.values() for stage in by_stage})
-    named = {stage: together({suite: by.get(stage, {}) for suite, by in by_suite.items()}) for stage in stages}
-    return {
-        stage: {name: task for name, task in found.items() if task.direction == "higher"}
-        for stage, found in named.items()
-    }
+    found = {}
+    for stage in stages:
+        here = together({suite: by.get(stage, {}) for suite, by in by_suite.items()}, every)
+        found[stage] = {name: task for name, task in here.items() if task.direction == "higher"}
+    return found
 
 
-def together(by_suite: Mapping[str, Mapping[str, Task]]) -> dict[str, Task]:
-    """Return the tasks of several suites under one name each: ``SUITE-TASK`` where two suites have a task of a name."""
-    n_suites = Counter(name for found in by_suite.values() for name in found)
-    names = {
-        (suite, name): f"{suite}-{name}" if n_suites[name] > 1 else name
-        for suite, found in by_suite.items()
-        for name in found
-    }
-    return {names[suite, name]: replace(by_suite[suite][name], name=names[suite, name]) for suite, name in names}
+def together(
+    by_suite: Mapping[str, Mapping[str, Task]], every: Mapping[str, Collection[str]] | None = None
+) -> dict[str, Task]:
+    """Return the tasks of several suites under one name each: ``SUITE-TASK`` where two suites have a task of a name.
+
+    ``every``: all names of each suite, where some are not at hand; else those that are.
+    """
+    n_suites = Counter(name for names in (every or by_suite).values() for name in names)
+    found = {}
+    for suite, tasks in by_suite.items():
+        for name, task in tasks.items():
+            unique = f"{suite}-{name}" if n_suites[name] > 1 else name
+            found[unique] = replace(task, name=unique)
+    return found
 
 
 def _has_scores(rows: pa.Table) -> bool:

@@ -96,6 +96,14 @@ def test_what_has_no_value_has_no_score() -> None:
     assert score_of(task([])).reason == "no items"
 
 
+def test_tasks_of_one_name_are_told_apart() -> None:
+    quiz, other = answers(3), answers(4)
+    found = tasks.together({"general": {"quiz": quiz, "a": quiz}, "mine": {"quiz": other}})
+    assert {name: task.value.sum() for name, task in found.items()} == {"general-quiz": 3, "a": 3, "mine-quiz": 4}
+    later = tasks.together({"general": {"quiz": quiz}}, {"general": ["quiz"], "mine": ["quiz"]})
+    assert list(later) == ["general-quiz"], "one name at every stage"
+
+
 # scores and differences
 
 
