@@ -120,7 +120,7 @@ def _kinds(found: Temporal) -> Table:
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("items", no_wrap=True)
-    for name in ("n", "present", "corrected", "past", "stale now", "by chance"):
+    for name in ("n", "present", "corr.", "past", "stale now", "guess"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, sheet in found.sheets.items():
         now, past = sheet.times["present"], sheet.times["past"]
@@ -147,5 +147,10 @@ def _number(value: float) -> str:
 
 
 def _bounded(one: Interval) -> str:
-    bounds = f" [{one.low:.2f}, {one.high:.2f}]" if isfinite(one.low) else ""
-    return _number(one.value) + bounds
+    """Return a value with its bounds, as short as can be: 0.36 [.33 .39]."""
+    if not isfinite(one.low):
+        return _number(one.value)
+    low, high = (
+        f"{bound:.2f}".replace("0.", ".", 1) if 0 <= bound < 1 else f"{bound:.2f}" for bound in (one.low, one.high)
+    )
+    return f"{_number(one.value)} [{low} {high}]"

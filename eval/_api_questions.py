@@ -9,6 +9,14 @@ from __future__ import annotations
 from clbench.eval._api_facts import Fact, Release
 
 PLAIN, DATED = FORMS = ("plain", "dated")
+PREMISES = {
+    "signature": "def f",
+    "parameter": "the parameters of the function are `a`, then",
+    "default": "the default value of the parameter is",
+    "module": "the function is defined in module",
+    "status": "the function is",
+}
+"""The same wordings about nothing in particular: how likely an answer is before it is known what was asked."""
 KINDS = {"def": "function", "class": "class"}
 
 

@@ -7,13 +7,14 @@ ones depends on the interpreter. Tests hold this reader equal to ``ast`` over th
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 _TEXT = r"""\"{3}(?:\\.|.)*?\"{3} | '{3}(?:\\.|.)*?'{3} | "(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*'"""
-_TOKEN = re.compile(rf"{_TEXT} | [()\[\]{{}}] | , | [=<>!:]=+ | ->? | = | :", re.VERBOSE | re.DOTALL)
+_TOKEN = re.compile(rf"{_TEXT} | [()\[\]{{}}] | , | [=<>!:]=+ | ->? | = | : | \blambda\b", re.VERBOSE | re.DOTALL)
 _NAME = re.compile(r"(\*{0,2})\s*([^\W\d]\w*)\s*")
-_PLAIN_TEXT = re.compile(r"""[uU]?(?:"([^"'\\]*)"|'([^"'\\]*)')""")
+_PLAIN_TEXT = re.compile(r"""[uU]?(\"{3}|'{3}|["'])([^"'\\]*)\1""")
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,21 @@ def _pieces(text: str) -> list[str] | None:
     end = _end_of_bracket(text, start)
     if end <= start:
         return None
-    cuts = [start, *(place for place, token in _top_level(text, start + 1, end - 1) if token == ","), end - 1]
+    cuts = [start, *_commas(text, start + 1, end - 1), end - 1]
     pieces = [text[a + 1 : b].strip() for a, b in pairwise(cuts)]
     return pieces[:-1] if not pieces[-1] else pieces
+
+
+def _commas(text: str, start: int, end: int) -> Iterator[int]:
+    """Yield where commas stand between parameters: in no bracket, and not among a lambda's own parameters."""
+    n_lambdas = 0
+    for place, token in _top_level(text, start, end):
+        if token == "lambda":
+            n_lambdas += 1
+        elif token == ":":
+            n_lambdas = max(0, n_lambdas - 1)
+        elif token == "," and not n_lambdas:
+            yield place
 
 
 def _end_of_bracket(text: str, start: int) -> int:
@@ -113,4 +126,4 @@ def normal_default(text: str) -> str:
     """Return a default with plain texts in single quotes: another quote, or Python 2's ``u``, is no other interface."""
     stripped = " ".join(text.split())
     plain = _PLAIN_TEXT.fullmatch(stripped)
-    return stripped if plain is None else f"'{plain.group(1) or plain.group(2) or ''}'"
+    return stripped if plain is None else f"'{plain.group(2)}'"

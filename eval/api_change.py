@@ -22,7 +22,7 @@ from clbench import late
 from clbench.errors import ConfigError
 from clbench.eval._api_changes import count_changes
 from clbench.eval._api_facts import Fact, Package, facts_of, read
-from clbench.eval._api_questions import DATED, PLAIN, answer_text, prompt_of
+from clbench.eval._api_questions import DATED, PLAIN, PREMISES, answer_text, prompt_of
 from clbench.eval._forward import prefix_token_id
 from clbench.eval._scorer import Question, choice_nats, encode_question
 from clbench.files import digest_of, sha256_bytes
@@ -30,8 +30,11 @@ from clbench.stream import Stream, identity_of
 from clbench.suite import Checkpoint, Rows, Suite
 
 SIGNATURES = "api.jsonl"
-NORMS = ("", "_norm")
-"""Endings of metrics: the answer is the candidate of the highest log-likelihood, or of the highest one a byte."""
+UNNAMED, PREMISE = -1, -2
+"""What questions are about that name no version, and those that ask nothing."""
+NORMS = ("", "_norm", "_pmi")
+"""Endings of metrics: the answer is the candidate whose log-likelihood is highest, is highest a byte, or is raised most
+above that behind PREMISES (pointwise mutual information, Holtzman et al. 2021)."""
 Array = NDArray[np.float64]
 
 
@@ -130,15 +133,15 @@ class ApiChange(Suite):
         return {
             "n_facts": len(self.facts),
             "n_changing": sum(fact.changes for fact in self.facts),
-            "n_questions": len(self.asked),
+            "n_questions": sum(about != PREMISE for _, about, _ in self.asked),
             "groups": dict(sorted(Counter(self.groups).items())),
             "kinds": {names[s]: {k: n for (stage, k), n in sorted(kinds.items()) if stage == s} for s in names},
             "changes": {names[stage]: dict(found) for stage, found in count_changes(self.packages).items()},
         }
 
     @cached_property
-    def asked(self) -> list[tuple[int, int | None, str]]:
-        """Of every question, its fact's place, the stage it asks about (None: it names no version) and its prompt."""
+    def asked(self) -> list[tuple[int, int, str]]:
+        """Of every question, its fact's place, the stage that it asks about (or UNNAMED, PREMISE) and its prompt."""
         return list(_asked(self.facts))
 
     def measure(self, checkpoint: Checkpoint) -> Rows:
@@ -169,12 +172,15 @@ class ApiChange(Suite):
     def _rows(self, scores: Sequence[Array]) -> Rows:
         """Compare every answer with the truth of every period that its question is about."""
         cells: list[tuple[str, int, str, float, str, str]] = []
+        premise = {
+            place: nats_C for (place, about, _), nats_C in zip(self.asked, scores, strict=True) if about == PREMISE
+        }
         for (place, about, _), nats_C in zip(self.asked, scores, strict=True):
             fact, group = self.facts[place], self.groups[place]
-            form = PLAIN if about is None else DATED
-            for stage in fact.values if about is None else [about]:
-                values = {f"{name}:{form}": v for name, v in _values(fact, stage, nats_C).items()}
-                if about is None:
+            form = PLAIN if about == UNNAMED else DATED
+            for stage in () if about == PREMISE else fact.values if about == UNNAMED else (about,):
+                values = {f"{name}:{form}": v for name, v in _values(fact, stage, nats_C, premise[place]).items()}
+                if about == UNNAMED:
                     values |= _chances(fact, stage)
                 cells += [(fact.item, stage, metric, v, group, fact.kinds[stage]) for metric, v in values.items()]
         item, stages, metric, value, groups, change = map(list, zip(*cells, strict=True))
@@ -191,9 +197,10 @@ class ApiChange(Suite):
         )
 
 
-def _asked(facts: Sequence[Fact]) -> Iterator[tuple[int, int | None, str]]:
+def _asked(facts: Sequence[Fact]) -> Iterator[tuple[int, int, str]]:
     for place, fact in enumerate(facts):
-        yield place, None, prompt_of(fact, None)
+        yield place, PREMISE, PREMISES[fact.attribute]
+        yield place, UNNAMED, prompt_of(fact, None)
         for stage, release in sorted(fact.releases.items()):
             yield place, stage, prompt_of(fact, release)
 
@@ -227,17 +234,18 @@ def _older(fact: Fact, stage: int) -> set[str]:
     return {value for earlier, value in fact.values.items() if earlier < stage} - {fact.values[stage]}
 
 
-def _values(fact: Fact, stage: int, nats_C: Array) -> dict[str, float]:
+def _values(fact: Fact, stage: int, nats_C: Array, premise_C: Array) -> dict[str, float]:
     """Return each metric's value in one period; answers that tie for the first place share it.
 
     ``acc`` and ``outdated`` say whether the first place has the truth or an older one, ``choice_nats`` is the
-    negative log-probability of the truth among the candidates. ``nats_C`` are log-likelihoods of the candidates.
+    negative log-probability of the truth among the candidates. ``nats_C`` are log-likelihoods of the candidates behind
+    the question, ``premise_C`` behind the premise.
     """
     truth = fact.candidates.index(fact.values[stage])
     older = [answer in _older(fact, stage) for answer in fact.candidates]
     n_bytes = np.array([len(answer_text(fact, answer).encode()) for answer in fact.candidates])
     found: dict[str, float] = {}
-    for ending, scores in zip(NORMS, (nats_C, nats_C / n_bytes), strict=True):
+    for ending, scores in zip(NORMS, (nats_C, nats_C / n_bytes, nats_C - premise_C), strict=True):
         best = scores == scores.max()
         found[f"acc{ending}"] = float(best[truth] / best.sum())
         found[f"outdated{ending}"] = float(best[older].sum() / best.sum())

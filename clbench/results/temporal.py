@@ -38,7 +38,7 @@ PREFERENCE = ("acc_norm", "acc", "right", "exact_match", "score", "nll_nats")
 """What a suite is read by unless a metric is named: the first that it has."""
 FORMS = ("", "plain", "trained")
 """Forms of a metric in the order of preference; then any other."""
-STALE = {"acc": "outdated", "acc_norm": "outdated_norm"}
+STALE = {"acc": "outdated", "acc_norm": "outdated_norm", "acc_pmi": "outdated_pmi"}
 """Metrics with another that says how stale an answer is; of ``right`` it is told from the answers in other periods."""
 CHANCE, CHANCE_STALE = "chance", "chance_outdated"
 TIMES: dict[str, Callable[[int, int], bool]] = {
