@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import product
@@ -310,10 +311,21 @@ def temporal(
 
 
 def _rows(store: RunStore, suite: str) -> dict[int, pa.Table]:
+    """Return the rows of every stage that the suite was measured after."""
     done = store.stages_done()
     if not done:
         raise NotFoundError("no row of the matrix is complete yet", where=store.folder, mend="run it first")
-    return {stage: store.rows(suite, stage) for stage in done}
+    found: dict[int, pa.Table] = {}
+    for stage in done:
+        with suppress(NotFoundError):
+            found[stage] = store.rows(suite, stage)
+    if not found:
+        raise NotFoundError(
+            f"suite {suite!r} was not measured",
+            where=store.folder,
+            mend="measure it with `clbench evaluate RUN --suite`",
+        )
+    return found
 
 
 def sheet_of(seeds: Sequence[Dated], kind: str = ALL, *, n_resamples: int = N_RESAMPLES) -> Sheet:
