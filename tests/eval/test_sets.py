@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,9 @@ from clbench.eval._sets_convert import convert, read_member
 from clbench.eval._sets_scores import squad_exact, squad_f1
 from clbench.eval._tasks import as_task
 from tests.eval import set_records as made
-from tests.index_server import index_server
+from tests.eval.set_records import PREPARED, REAL, Made, known, prepare_made, records_of
 
 SETS = list(_sets.collection().sets)
-PREPARED = _sets.folder() if _sets.is_prepared() else None
-"""The real sets where the developer has prepared them, from before tests hid the cache folder."""
 NEEDS_SETS = pytest.mark.skipif(PREPARED is None, reason="run `clbench prepare evals` to have this test")
 
 ARC = {
@@ -75,12 +71,6 @@ EXPECTED: dict[str, dict[str, Any]] = {
     },
 }
 """Converter -> its last record, written by hand."""
-
-
-def records_of(name: str) -> list[dict[str, Any]]:
-    """The hand-written records of a set, converted."""
-    source = [(member, read_member(member, data)) for member, data in made.members_of(name).items()]
-    return convert(_sets.pin(name).convert, source)
 
 
 # --- converters
@@ -156,52 +146,10 @@ def test_damaged_members_are_refused(name: str, data: bytes) -> None:
 # --- preparing
 
 
-@dataclass
-class Made:
-    """A file like the real one, and a home where it is prepared."""
-
-    wheel: bytes
-    home: Path
-
-
-def digest(records: list[dict[str, Any]]) -> str:
-    """The digest of a set, without our code: a line of sorted JSON a record."""
-    lines = [json.dumps(r, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n" for r in records]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def known(patch: pytest.MonkeyPatch, wheel: bytes, folder: Path, **changes: Any) -> _sets.Collection:
-    """Make the hand-written sets the known ones."""
-    real = _REAL
-    source = real.source.model_copy(
-        update={"file": "made-1.0-py3-none-any.whl", "project": "made", "n_bytes": len(wheel)}
-        | {"sha256": hashlib.sha256(wheel).hexdigest()}
-    )
-    sets = {}
-    for name, one in real.sets.items():
-        records = records_of(name)
-        update = {"n_items": len(records), "sha256": digest(records)} | changes.get(name.replace("-", "_"), {})
-        sets[name] = one.model_copy(update=update)
-    collection = _sets.Collection(source=source, sets=sets)
-    patch.setattr(_sets, "collection", lambda: collection)
-    patch.setenv("CLBENCH_HOME", str(folder))
-    return collection
-
-
-_REAL = _sets.collection()
-
-
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """The hand-written sets, prepared once over a real socket."""
-    folder = tmp_path_factory.mktemp("sets")
-    one = Made(made.wheel_bytes(folder), folder / "home")
-    with pytest.MonkeyPatch.context() as patch, index_server() as server:
-        known(patch, one.wheel, one.home)
-        patch.setenv("NO_PROXY", "127.0.0.1")
-        server.add("made", "made-1.0-py3-none-any.whl", one.wheel)
-        _sets.prepare_sets(endpoint=server.endpoint)
-    yield one
+    return prepare_made(tmp_path_factory.mktemp("sets"))
 
 
 @pytest.fixture
@@ -217,7 +165,7 @@ def test_prepared_sets_are_whole_and_say_where_they_come_from(at_home: Made) -> 
     assert manifest["source"]["licence"] == "Apache-2.0"
     assert list(manifest["sets"]) == SETS
     for name, about in manifest["sets"].items():
-        assert about["licence"] == _REAL.sets[name].licence
+        assert about["licence"] == REAL.sets[name].licence
         path = Path(manifest["folder"]) / f"{name}.jsonl"
         assert about["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         assert _sets.open_set(name).records == records_of(name)
@@ -356,7 +304,7 @@ def test_prompts_of_hand_written_questions_are_lm_evals(name: str) -> None:
 @pytest.mark.parametrize("name", SETS)
 def test_prompts_of_real_questions_are_lm_evals(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert PREPARED is not None
-    monkeypatch.setenv("CLBENCH_HOME", str(PREPARED.parent.parent))
+    monkeypatch.setenv("CLBENCH_HOME", str(PREPARED))
     check_prompts(name, _sets.open_set(name).chosen(40))
 
 
@@ -377,7 +325,7 @@ def test_real_sets_equal_files_of_their_authors(monkeypatch: pytest.MonkeyPatch)
     Digests of openai/grade-school-math `test.jsonl` and of ybisk/ybisk.github.io `valid.jsonl` and `valid-labels.lst`.
     """
     assert PREPARED is not None
-    monkeypatch.setenv("CLBENCH_HOME", str(PREPARED.parent.parent))
+    monkeypatch.setenv("CLBENCH_HOME", str(PREPARED))
 
     def written(name: str, fields: tuple[str, ...]) -> str:
         records = _sets.open_set(name).records
@@ -400,7 +348,7 @@ def test_real_sets_equal_files_of_their_authors(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("name", SETS)
 def test_real_gold_answers_are_in_range(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert PREPARED is not None
-    monkeypatch.setenv("CLBENCH_HOME", str(PREPARED.parent.parent))
+    monkeypatch.setenv("CLBENCH_HOME", str(PREPARED))
     questions = _sets.open_set(name)
     assert len(questions.records) == questions.pin.n_items
     for record in questions.records:
