@@ -299,11 +299,7 @@ def test_mistakes_are_one_line() -> None:
         (ConfigError, "no choice", lambda: choice_nats(good, [Question([1], [])])),
         (ConfigError, "a choice without tokens", lambda: choice_nats(good, [Question([1], [[2], []])])),
         (ConfigError, "a context without tokens", lambda: choice_nats(good, [Question([], [[2]])])),
-        (
-            ConfigError,
-            "a choice has 17 tokens, the model reads 16",
-            lambda: choice_nats(good, [Question([1], [[2] * 17])]),
-        ),
+        (ConfigError, "a choice has 17 tokens, the model reads 16", lambda: choice_nats(good, longer)),
         (ConfigError, "have 18 tokens, the model reads 16", lambda: choice_nats(good, long, too_long="refuse")),
         (ConfigError, "more than the model's 16", lambda: choice_nats(good, long, max_length=17)),
         (ConfigError, "beyond the model's vocabulary of 64", lambda: choice_nats(good, [Question([64], [[2]])])),
