@@ -30,7 +30,7 @@ FIRST_COLUMN, METHOD_COLUMN = 19, 25
 
 
 def listing(kind: str | None, runs: Path, *, name: str | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Return kind -> entries with ``name``, ``about`` and, for methods and streams, ``options``; or only one of them.
+    """Return kind -> entries with ``name``, ``about`` and, but for tracks, ``options``; or only one of them.
 
     Raises:
         NotFoundError: there is no such kind, or none of this name.
@@ -60,19 +60,20 @@ def _entries(kind: str) -> list[dict[str, Any]]:
     for name in registry.names(kind):  # type: ignore[arg-type]
         cls = registry.load_class(kind, name)  # type: ignore[arg-type]
         entry: dict[str, Any] = {"name": name, "about": first_sentence(cls)}
-        if kind in ("methods", "streams"):
-            entry["options"] = [
-                {
-                    "name": f.name,
-                    "type": str(f.type),
-                    "default": None if f.default is dataclasses.MISSING else f.default,
-                    "required": f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING,
-                    "help": docs_of_fields(cls.Options).get(f.name, ""),
-                }
-                for f in dataclasses.fields(cls.Options)
-            ]
+        entry["options"] = [
+            {
+                "name": f.name,
+                "type": str(f.type),
+                "default": None if f.default is dataclasses.MISSING else f.default,
+                "required": f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING,
+                "help": docs_of_fields(cls.Options).get(f.name, ""),
+            }
+            for f in dataclasses.fields(cls.Options)
+        ]
         if kind == "methods":
             entry["needs"] = sorted(cls.needs)
+        if kind == "suites":
+            entry["sources"] = cls.sources()
         entries.append(entry)
     return sorted(entries, key=lambda entry: str(entry["name"]))
 
@@ -150,6 +151,8 @@ def show(found: dict[str, list[dict[str, Any]]], *, in_full: bool = False) -> No
             for option in options if in_full else []:
                 value = "(required)" if option["required"] else option["default"]
                 table.add_row("", f"{option['name']}={value}  {option['help']}", style="dim")
+            for source in entry.get("sources", []) if in_full else []:
+                table.add_row("", f"{source['name']}  {source['title']}, {source['licence']}", style="dim")
         if not entries:
             table.add_row("none", "")
         console.print(table)

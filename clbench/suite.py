@@ -117,6 +117,11 @@ class Suite(ABC):
         """
         return {}
 
+    @classmethod
+    def sources(cls) -> list[dict[str, Any]]:
+        """Return what it measures on beyond its stream, with ``name``, ``title`` and ``licence`` of each."""
+        return []
+
     def shards(self) -> list[str]:
         """Return the names of the parts that can be measured apart, in the order of their rows."""
         return [WHOLE]

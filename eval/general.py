@@ -73,6 +73,12 @@ class General(Suite):
             console.say(f"set {name}: {about['n_items']:,} questions ({about['split']}), {about['licence']}")
         return made
 
+    @classmethod
+    def sources(cls) -> list[dict[str, Any]]:
+        """Return the sets with their licences, questions and home pages."""
+        keys = {"title", "licence", "licence_read", "home", "split", "n_items", "notes"}
+        return [{"name": name, **one.model_dump(include=keys)} for name, one in _sets.collection().sets.items()]
+
     def sha256(self) -> str:
         """Return the digest of name and version; which questions are asked is the shards' part of an address."""
         return digest_of({"name": self.name, "version": self.version})

@@ -19,6 +19,7 @@ from clbench.errors import ClbenchError, ConfigError, NotFoundError
 from clbench.eval import _lm_ready, _sets
 from clbench.eval._tasks import as_task
 from clbench.eval.general import General, standard_error
+from clbench.listing import listing
 from clbench.suite import UNDATED, Checkpoint, Rows
 from tests.eval.byte_models import Continuer, checkpoint_of
 from tests.eval.set_records import PREPARED, REAL, Made, known, prepare_made, records_of
@@ -218,6 +219,12 @@ def test_prepare_tells_the_licences(capsys: pytest.CaptureFixture[str]) -> None:
     for name, one in REAL.sets.items():
         assert made["sets"][name]["licence"] == one.licence
         assert re.search(rf"set {name}: \d+ questions? .*{re.escape(one.licence)}", told)
+
+
+def test_the_list_tells_them_too() -> None:
+    (entry,) = listing("suites", Path("runs"), name="general")["suites"]
+    assert {one["name"]: one["licence"] for one in entry["sources"]} == {k: v.licence for k, v in REAL.sets.items()}
+    assert [one["name"] for one in entry["options"]] == ["size", "sets", "n_items", "tokens_per_batch"]
 
 
 # --- bad input
