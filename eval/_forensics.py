@@ -234,7 +234,10 @@ class _Reader:
         if len(digits) > MAX_DIGITS:
             return self._end(is_open=True, taints_next=True)
         if self._has_operand():
-            self._end()
+            if self.run.items[-1] == ")" and not self.n_words:  # "(1/2) 278"
+                self._push("*")
+            else:
+                self._end()
         self._push(Number(Fraction(digits), len(digits.partition(".")[2])))
         return None
 

@@ -77,8 +77,7 @@ N_NEEDLES = 4
 """Keys, values or queries of the subtasks of several, as in RULER."""
 N_COMMON = 10
 N_FREQUENT = 3
-ZETA_EXPONENT = 2.0  # RULER
-ZETA_2 = math.pi**2 / 6
+ZETA_2 = math.pi**2 / 6  # RULER's exponent is 2
 WORDS_PER_TOKEN_OF_VOCABULARY = 50  # RULER: a vocabulary of length // 50 coded words
 
 
@@ -520,12 +519,12 @@ def _common_words(draws: Draws, settings: Settings, length: int, tier: int) -> D
 
 def zeta_counts(n: int, size: int) -> list[int]:
     """Return how often the word of each rank stands in a text of about n words: ``floor(n rank^-2 / zeta(2))``."""
-    return [int(n * rank**-ZETA_EXPONENT / ZETA_2) for rank in range(1, size + 1)]
+    return [int(n / (rank * rank * ZETA_2)) for rank in range(1, size + 1)]
 
 
 def _least_apart() -> int:
     """Return from which n on the last word that is asked for stands more often than the one after it, for every n."""
-    last, after = (rank**-ZETA_EXPONENT / ZETA_2 for rank in (N_FREQUENT + 1, N_FREQUENT + 2))
+    last, after = (1 / (rank * rank * ZETA_2) for rank in (N_FREQUENT + 1, N_FREQUENT + 2))
     return math.ceil(1 / (last - after))
 
 
