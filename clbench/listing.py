@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from clbench.results.tasks import StageTable
 
 KINDS = ("methods", "streams", "suites", "tracks")
+FEW_STAGES = 3
+"""With more stages, tables of scores show no intervals."""
 FIRST_COLUMN, METHOD_COLUMN = 19, 25
 """Characters of a score's name, and of ``value [low, high]``, with their borders."""
 
@@ -246,19 +248,22 @@ def show_stage_table(title: str, table: StageTable) -> None:
     grid.add_column("task", overflow="fold")
     for stage, name in table.stages.items():
         grid.add_column(f"{stage} {name}" if stage else name, justify="right")
+    plain = len(table.stages) > FEW_STAGES
     for task, by_stage in table.scores.items():
-        grid.add_row(task, *(_score(by_stage.get(stage)) for stage in table.stages))
+        grid.add_row(task, *(_score(by_stage.get(stage), plain=plain) for stage in table.stages))
     if table.retention:
         kept = [table.retention.get(stage) for stage in table.stages]
         grid.add_section()
-        grid.add_row("retention, chance off", *("–" if one is None else _score(one.corrected) for one in kept))
-        grid.add_row("retention, plain", *("–" if one is None else _score(one.plain) for one in kept))
+        for title, name in (("retained", "corrected"), ("retained, plain", "plain")):
+            shares = [None if one is None else getattr(one, name) for one in kept]
+            grid.add_row(title, *(_score(share, plain=plain) for share in shares))
     console.print(grid)
-    console.print("Intervals: 95 % over items, evaluation noise.", style="dim")
+    told = "Intervals, 95 % over items, are in --json." if plain else "Intervals: 95 % over items, evaluation noise."
+    console.print(f"Retained: of the base's scores, mean over tasks, chance taken off. {told}", style="dim")
 
 
-def _score(one: Interval | None) -> str:
+def _score(one: Interval | None, *, plain: bool) -> str:
     if one is None or not math.isfinite(one.value):
         return "–"
-    bounds = f" [{one.low:.3f}, {one.high:.3f}]" if math.isfinite(one.low + one.high) else ""
+    bounds = f" [{one.low:.3f}, {one.high:.3f}]" if math.isfinite(one.low + one.high) and not plain else ""
     return f"{one.value:.3f}{bounds}"
