@@ -85,7 +85,7 @@ class Reasoning(Suite):
         """What is asked, and how."""
 
         n_items: int | None = 200
-        """Problems, of a fixed shuffle; smaller choices are part of larger ones. None asks all 1,319."""
+        """Problems, of a fixed shuffle; smaller choices are part of larger ones. 1319 or more asks all."""
         file: str | None = None
         """JSONL with `question` and `answer` as in GSM8K; what `clbench prepare suite:reasoning` fetched otherwise."""
         shots: int = 4

@@ -126,7 +126,7 @@ class Safety(Suite):
         requests: str | None = None
         """CSV with a column `goal` of harmful requests as in AdvBench."""
         n_items: int | None = 200
-        """Pairs and requests, of a fixed shuffle; smaller choices are part of larger ones. None asks all."""
+        """Pairs and requests, of a fixed shuffle; smaller choices are part of larger ones. More than there are: all."""
         max_new_tokens: int = 64
         """Tokens of a reply that words of refusal are looked for in."""
         chat: bool = False
