@@ -392,7 +392,9 @@ def _modules(package: Package) -> Iterator[Fact]:
             continue  # two of this name in one release
         first = min(homes, key=lambda one: min(one.at))
         values = {stage: one.module for one in homes for stage, e in one.at.items() if e.documented}
-        documents = {stage: one.document(stage) for one in homes for stage in one.at if stage in values}
+        documents: dict[int, str | None] = {
+            stage: one.document(stage) for one in homes for stage in one.at if stage in values
+        }
         for fact in _fact(package, first, "module", values, _other_modules(package, values), first.kind):
             item = f"{package.name}/{qualname}/module"
             yield replace(fact, item=item, subject=(qualname, first.kind), documents=documents)

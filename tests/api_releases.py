@@ -34,7 +34,7 @@ CORE: tuple[dict[str, str], ...] = (
     {"connect": "a, b, weight: float = 1", "shade": "x, mode='light'", "walk": "root, depth=None", "count": "n=2"},
 )
 """Signatures of module graphs.core in each release."""
-MOVED = ({}, {"relocate": "x"}, {"relocate": "x", "born": "y, z=None"})
+MOVED: tuple[dict[str, str], ...] = ({}, {"relocate": "x"}, {"relocate": "x", "born": "y, z=None"})
 """Those of graphs.moves."""
 
 

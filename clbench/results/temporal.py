@@ -134,7 +134,7 @@ def read_dated(
 
 def default_metric(rows: Mapping[int, pa.Table]) -> str:
     """Return the metric that a suite is read by: the first of PREFERENCE, in the first of FORMS that it has."""
-    names = sorted({name for table in rows.values() for name in pc.unique(table["metric"]).to_pylist()})
+    names: list[str] = sorted({name for table in rows.values() for name in pc.unique(table["metric"]).to_pylist()})
     for wanted in PREFERENCE:
         found = [name for name in names if name.partition(":")[0] == wanted]
         if found:

@@ -269,7 +269,7 @@ def slow_nats(model: torch.nn.Module, tokenizer: Any, prompt: str, answer: str) 
     whole = [tokenizer.eos_token_id, *tokenizer.encode(prompt + answer, add_special_tokens=False)]
     assert whole[: len(start)] == start
     with torch.no_grad():
-        log_p = torch.log_softmax(model.eval()(torch.tensor([whole])).logits[0].double(), dim=-1)  # type: ignore[operator]
+        log_p = torch.log_softmax(model.eval()(torch.tensor([whole])).logits[0].double(), dim=-1)
     return sum(float(log_p[place - 1, whole[place]]) for place in range(len(start), len(whole)))
 
 
@@ -335,7 +335,7 @@ def test_groups_say_what_trained(stream: Stream) -> None:
     suite = ApiChange(stream)
     trained = {i for s in range(3) for i in stream.documents("train", s, ["id"])["id"].to_pylist()}
     heldout = {i for s in range(3) for i in stream.documents("heldout", s, ["id"])["id"].to_pylist()}
-    seen = Counter()
+    seen: Counter[str] = Counter()
     for fact, group in zip(suite.facts, suite.groups, strict=True):
         attribute, split = group.split(", ")
         documents = {one for one in fact.documents.values() if one is not None}
@@ -388,7 +388,7 @@ def test_options_are_checked(stream: Stream) -> None:
 
 def test_a_tokenizer_that_tells_no_answers_apart_is_refused(stream: Stream, llama: torch.nn.Module) -> None:
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
     blind = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>")
     with pytest.raises(ConfigError, match=r"does not tell the answers to .* apart"):
         ApiChange(stream).measure(replace(checkpoint_of(llama), tokenizer=blind))
