@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clbench import console, fanout, registry
+from clbench import cells, console, fanout, registry
 from clbench.audit import track_of
 from clbench.base import open_stream
 from clbench.cells import Cell
@@ -45,6 +45,8 @@ def measure_extras(
 ) -> Measured:
     """Measure further suites on every complete row of runs, and write their rows into the run folders.
 
+    Of a suite that fails in one part the others are written; the record says which are there.
+
     Args:
         stores: runs, also ones that still go on: their complete rows are measured.
         specs: suites.
@@ -71,18 +73,22 @@ def measure_extras(
     changed: dict[Path, RunStore] = {}
     for j, (store, stage, names) in enumerate(places):
         for r, name in enumerate(names):
-            if (cell := outcome.cell(j, r)) is not None:
-                record = ExtraRecord(
-                    suite=name,
-                    spec=jobs[j].requests[r].spec,
-                    stage=stage,
-                    weights_sha256=jobs[j].subject.weights_sha256,
-                    cells={shard: outcome.shards[j, r][shard].address for shard in outcome.wanted[j, r]},
-                    finished=utc_now(),
-                    evaluation={"flops": cell.flops, "seconds": cell.seconds},
-                )
-                if _write(store, record, cell):
-                    changed[store.folder] = store
+            found = outcome.shards.get((j, r), {})
+            there = {shard: found[shard] for shard in outcome.wanted[j, r] if shard in found}
+            if not there:
+                continue
+            cell = cells.joined(list(there.values()))
+            record = ExtraRecord(
+                suite=name,
+                spec=jobs[j].requests[r].spec,
+                stage=stage,
+                weights_sha256=jobs[j].subject.weights_sha256,
+                cells={shard: one.address for shard, one in there.items()},
+                finished=utc_now(),
+                evaluation={"flops": cell.flops, "seconds": cell.seconds},
+            )
+            if _write(store, record, cell):
+                changed[store.folder] = store
     for store in changed.values():
         for sink in sinks:
             sink(store)

@@ -73,7 +73,7 @@ class ExtraRecord(TypedDict):
     weights_sha256: str
     """Of the release weights; the rows count only while the stage has these."""
     cells: dict[str, str]
-    """Shard -> cell address."""
+    """Shard -> cell address, of the shards that could be measured."""
     finished: str
     """UTC ISO-8601."""
     evaluation: dict[str, float]
