@@ -74,15 +74,26 @@ def _kept_states() -> Iterator[None]:
 @contextmanager
 def _compiled_templates() -> Iterator[None]:
     """Compile every template once, in Jinja's sandbox; lm-eval compiles it anew for every field of every document."""
-    theirs, original = utils.env, utils.apply_template
-    env = SandboxedEnvironment(undefined=theirs.undefined, keep_trailing_newline=theirs.keep_trailing_newline)
-    env.filters |= theirs.filters
-    compiled = cache(env.from_string)
-    utils.apply_template = lambda template, doc: compiled(template).render(**doc)
+    original = utils.apply_template
+    utils.apply_template = lambda template, doc: _compiled(template).render(**doc)
     try:
         yield
     finally:
         utils.apply_template = original
+
+
+@cache
+def _compiled(template: str) -> jinja2.Template:
+    return _sandbox().from_string(template)
+
+
+@cache
+def _sandbox() -> SandboxedEnvironment:
+    """Return an environment that renders as lm-eval's own does."""
+    theirs = utils.env
+    env = SandboxedEnvironment(undefined=theirs.undefined, keep_trailing_newline=theirs.keep_trailing_newline)
+    env.filters |= theirs.filters
+    return env
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Suite ``tasks``: lm-eval tasks by name, lm-eval's own or those of a folder, one shard each.
 
-    clbench evaluate --model smollm2-135m --suites "tasks:names=arc_easy+piqa,limit=200"
-    clbench evaluate --model MODEL --suites "tasks:names=ours,include_path=my_tasks"
+    clbench health MODEL --suite tasks:names=arc_easy+piqa,limit=200
+    clbench evaluate RUN --suite tasks:names=ours,include_path=my_tasks
 
 Own tasks need no network; lm-eval's fetch their data from the model hub, once, in ``clbench prepare
 suite:tasks:names=…``. What is measured is left to ``_tasks.py``, what is refused to ``_task_files.py``.

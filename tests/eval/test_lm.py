@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from clbench import home, pretrained
 from clbench.errors import ConfigError, NonFiniteError
 from clbench.eval._lm import ClbenchLM, Note
 from clbench.suite import Checkpoint
@@ -123,6 +125,48 @@ def test_the_plain_way_is_the_same() -> None:
     )
     np.testing.assert_allclose(packed, plain, rtol=0, atol=5e-5)
     assert packed != plain
+
+
+def prepared_smollm2() -> Path | None:
+    """The real model where the developer has prepared it, from before tests hid the cache folder."""
+    folder = home.models_folder() / pretrained.model_folder("smollm2-135m").name
+    return folder if (folder / "model.json").is_file() else None
+
+
+SMOLLM2 = prepared_smollm2()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(SMOLLM2 is None, reason="run `clbench prepare model:smollm2-135m`")
+def test_a_real_model_gives_lm_evals_own_numbers() -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).eval()
+    checkpoint = checkpoint_with(model, AutoTokenizer.from_pretrained(SMOLLM2))
+    capitals = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Spain": "Madrid", "Egypt": "Cairo"}
+    more = {"Peru": "Lima", "Cuba": "Havana", "Kenya": "Nairobi"}
+    asked = [
+        (f"Question: What is the capital of {land}? Answer: the city of", f" {city}, of course")
+        for land in capitals | more
+        for city in list(capitals.values())[:3]
+    ]
+    ours, theirs = both(checkpoint, "loglikelihood", asked)
+    np.testing.assert_allclose([v for v, _ in ours], [v for v, _ in theirs], rtol=0, atol=5e-5)
+    assert [g for _, g in ours] == [g for _, g in theirs]
+    text_ = "Rome is the capital of Italy. " * 3
+    ours, theirs = both(checkpoint, "loglikelihood_rolling", [(text_,)])
+    ids = torch.tensor([0, *checkpoint.tokenizer.encode(text_)])  # 0 is the prefix, <|endoftext|>
+    with torch.no_grad():
+        log_p = model(ids[None, :-1]).logits[0].double().log_softmax(1)
+    assert ours[0] == pytest.approx(float(log_p.gather(1, ids[1:, None]).sum()), abs=5e-5)
+    # lm-eval's softmax in float32 is itself 1e-5 a token off: 1.8e-4 here, where the model in float64 has -52.393558.
+    assert ours[0] == pytest.approx(theirs[0], abs=1e-5 * len(ids))
+    written = [
+        ("The capital of France is", {"until": ["."], "max_gen_toks": 8}),
+        ("1 2 3 4", {"until": ["\n"], "max_gen_toks": 8}),
+    ]
+    ours, theirs = both(checkpoint, "generate_until", written)
+    assert ours == theirs and "Paris" in ours[0]
 
 
 # --- nothing is disturbed
