@@ -115,12 +115,12 @@ def _matrix(found: Temporal, sheet: Sheet, value: str, title: str) -> Table:
 
 
 def _kinds(found: Temporal) -> Table:
-    """Return the table of all kinds: present and past score with intervals, corrected, stale."""
+    """Return the table of all kinds: present and past score with intervals, corrected, stale now and before."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("items", no_wrap=True)
-    for name in ("n", "present", "corr.", "past", "stale now", "guess"):
+    for name in ("n", "present", "corr.", "past", "stale now", "unread", "guess"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, sheet in found.sheets.items():
         now, past = sheet.times["present"], sheet.times["past"]
@@ -131,6 +131,7 @@ def _kinds(found: Temporal) -> Table:
             _number(now["corrected"].value),
             _bounded(past["score"]),
             _bounded(now["stale"]),
+            _number(sheet.times["future"]["stale"].value),
             _number(_present_chance(sheet)),
         )
     return table

@@ -48,9 +48,9 @@ def facts(stream: Stream) -> dict[str, Fact]:
 
 @pytest.fixture(scope="module")
 def llama(stream: Stream) -> torch.nn.Module:
-    model = make_model(
-        registry.load_track("tinydocs").model, vocab_size=stream.vocab_size, eos_id=stream.eos_id, seed=0
-    )
+    spec = registry.load_track("tinydocs").model
+    assert spec is not None
+    model = make_model(spec, vocab_size=stream.vocab_size, eos_id=stream.eos_id, seed=0)
     with torch.no_grad():  # a fresh model is nearly uniform: spread its answers
         for parameter in model.parameters():
             parameter.mul_(6 if parameter.ndim == 2 else 1)
