@@ -228,7 +228,16 @@ def _about(source: StreamSource, address: str) -> dict[str, Any]:
         "builder": BUILDER_VERSION,
         "settings": settings,
         "duplicates": PARAMETERS,
+        "recipe": _plain_recipe(source),
     }
+
+
+def _plain_recipe(source: StreamSource) -> Any:
+    """Return how to make the source again, for ``clbench.late``; None where its options are no plain values."""
+    try:
+        return json.loads(json.dumps(None if source.recipe is None else dict(source.recipe), allow_nan=False))
+    except (TypeError, ValueError):
+        return None
 
 
 def _complete(folder: Path, address: str) -> Stream | None:

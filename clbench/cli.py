@@ -19,15 +19,18 @@ from clbench import __version__
 from clbench.cli_arms import arms
 from clbench.cli_facts import facts
 from clbench.cli_fisher import fisher
+from clbench.cli_health import health
 from clbench.cli_ledger import ledger, show_series_plan
 from clbench.cli_merge import merge
 from clbench.cli_results import slices
 from clbench.cli_stream import stream_app
+from clbench.cli_temporal import temporal
 from clbench.errors import ClbenchError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from clbench.fanout import Failure
     from clbench.recorder import Sink
     from clbench.results.store import RunStore
     from clbench.run import Place
@@ -41,7 +44,7 @@ app = typer.Typer(
 )
 leaderboard_app = typer.Typer(help="Build the leaderboard page, pack and verify submissions.", no_args_is_help=True)
 mlflow_app = typer.Typer(help="Rebuild what MLflow shows from run folders.", no_args_is_help=True)
-for results_command in (slices, facts, arms, ledger, fisher, merge):
+for results_command in (slices, facts, temporal, arms, ledger, fisher, merge, health):
     app.command()(results_command)
 app.add_typer(stream_app, name="stream")
 app.add_typer(leaderboard_app, name="leaderboard")
@@ -54,6 +57,14 @@ TrackOption = Annotated[
 ]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder of all runs.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+JobsOption = Annotated[
+    int | None,
+    typer.Option("--jobs", "-j", min=1, help="Worker processes.", show_default="1, or one a device"),
+]
+DevicesOption = Annotated[
+    str | None,
+    typer.Option(help="Devices that workers take in turn, as cuda:0,cuda:1.", show_default="that of --device"),
+]
 MlflowOption = Annotated[str, typer.Option(help="none, sqlite (a file beside the runs) or a tracking URI.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines on stdout.")]
 RunsArgument = Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold runs.", show_default=False)]
@@ -185,9 +196,9 @@ def run(
 
 @app.command()
 def evaluate(
-    pairs: Annotated[
+    targets: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[K=CHECKPOINT]...", help="More checkpoints.", show_default=False),
+        typer.Argument(metavar="[RUN | K=CHECKPOINT]...", help="Run folders, or checkpoints.", show_default=False),
     ] = None,
     checkpoints: Annotated[
         list[str] | None,
@@ -197,27 +208,101 @@ def evaluate(
         ),
     ] = None,
     track: TrackOption = NANO,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option("--suite", "-s", help="A further suite, NAME or NAME:option=value.", show_default=False),
+    ] = None,
     name: Annotated[str, typer.Option(help="What these checkpoints are called in tables.")] = "my-checkpoints",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Run folder.", show_default="runs/TRACK/NAME/seed-0")
     ] = None,
+    jobs: JobsOption = None,
+    devices: DevicesOption = None,
     device: DeviceOption = "auto",
     mlflow: MlflowOption = "none",
     as_json: JsonOption = False,
 ) -> None:
-    """Give checkpoints that were trained elsewhere a matrix like any run's.
+    """Give checkpoints that were trained elsewhere a matrix like any run's, or measure further suites on runs.
 
     Example: clbench evaluate --checkpoints 0=ckpt/base 1=ckpt/2012 2=ckpt/2016
+
+    Example: clbench evaluate runs/codedocs-nano/sequential/seed-0 --suite general:size=small --jobs 2
+
+    Exit code 1: a cell failed; it is named, the others are measured, and the same command tries it again.
     """
-    from clbench import outside, registry
+    from clbench import fanout, outside, registry
     from clbench import run as running
 
+    places = fanout.devices_of(devices, fallback=device)
+    n_jobs = jobs or len(places)
+    runs = [text for text in targets or [] if "=" not in text and Path(text).is_dir()]
+    if runs:
+        if len(runs) < len(targets or []) or checkpoints or out is not None:
+            raise ConfigError("runs and checkpoints cannot be measured at once", mend="give one of them")
+        _evaluate_runs(runs, suite or [], n_jobs, places, mlflow, as_json=as_json)
+        return
     loaded = registry.load_track(track)
     folder = out or Path("runs") / loaded.name / running.slug(name) / "seed-0"
     place = _place(folder.parent, device, mlflow)
-    given = _checkpoint_pairs([*(checkpoints or []), *(pairs or [])])
-    store = outside.measure_checkpoints(loaded, given, label=name, out=folder, place=place)
-    _show([store], as_json=as_json)
+    given = _checkpoint_pairs([*(checkpoints or []), *(targets or [])])
+    store, failures = outside.measure_checkpoints(
+        loaded, given, label=name, out=folder, place=place, n_jobs=n_jobs, devices=places
+    )
+    if suite:
+        failures += _measure_extras([store], suite, n_jobs, places, place.sinks)
+    if 0 in store.stages_done() or not failures:
+        _show([store], as_json=as_json)
+    _name_failures(failures)
+
+
+def _evaluate_runs(
+    folders: Sequence[str], suites: Sequence[str], n_jobs: int, devices: Sequence[str], mlflow: str, *, as_json: bool
+) -> None:
+    """Measure further suites on runs and print their scores by stage."""
+    from clbench import listing
+    from clbench.results import tasks
+    from clbench.results.store import find_runs
+
+    if not suites:
+        raise ConfigError("no suite was named", mend="give --suite NAME; `clbench list suites` shows them")
+    stores = find_runs(Path(folder) for folder in folders)
+    if not stores:
+        raise ConfigError("no run in these folders", where=", ".join(folders), mend="run `clbench run` first")
+    sinks = _place(_root_of(stores[0].folder), "auto", mlflow).sinks
+    failures = _measure_extras(stores, suites, n_jobs, devices, sinks)
+    tables = {str(store.folder): tasks.stage_table(store) for store in stores}
+    if as_json:
+        print_json({"runs": {name: table.as_dict() for name, table in tables.items()},
+                    "failures": [str(one) for one in failures]})  # fmt: skip
+    else:
+        for folder, table in tables.items():
+            listing.show_stage_table(folder, table)
+    _name_failures(failures)
+
+
+def _root_of(run: Path) -> Path:
+    """Return the folder of all runs that a run lies in as ``ROOT/TRACK/METHOD/seed-N``, else the run's parent."""
+    parents = run.resolve().parents
+    return parents[2] if run.name.startswith("seed-") and len(parents) > 2 else parents[0]
+
+
+def _measure_extras(
+    stores: Sequence[RunStore], suites: Sequence[str], n_jobs: int, devices: Sequence[str], sinks: Sequence[Sink]
+) -> list[Failure]:
+    from clbench import console, extras
+
+    found = extras.measure_extras(stores, suites, n_jobs=n_jobs, devices=devices, sinks=sinks)
+    outcome = found.outcome
+    console.say(f"{outcome.n_measured} cells measured, {outcome.n_cached} were there, {outcome.seconds:.0f} s")
+    return found.failures
+
+
+def _name_failures(failures: Sequence[Failure]) -> None:
+    """Name every cell that failed, and end with exit code 1."""
+    for failure in failures:
+        print_error(str(failure))
+    if failures:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -51,3 +51,21 @@ def training_bar(title: str) -> Iterator[TrainingBar]:
     )
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
         yield TrainingBar(progress, title)
+
+
+@contextmanager
+def counting_bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[int, int, str], None]]:
+    """Yield what is told (done, total, text) after every item: a bar on a terminal, one line an item elsewhere."""
+    if not stderr.is_terminal:
+        yield lambda n, of, text: say(f"{n} of {of} {what}: {text}")
+        return
+    columns = (
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} " + what),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        bar = progress.add_task("", total=total, completed=done)
+        yield lambda n, of, text: progress.update(bar, completed=n, total=of, description=text)

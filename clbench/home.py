@@ -46,6 +46,11 @@ def models_folder() -> Path:
     return home() / "models"
 
 
+def evals_folder() -> Path:
+    """Question sets that ``clbench prepare evals`` fetched, one folder per collection and digest."""
+    return home() / "evals"
+
+
 def cells_folder() -> Path:
     """Measured cells, addressed by (weights, suite, data)."""
     return home() / "cells"

@@ -20,15 +20,19 @@ from clbench.results.store import RunStore, find_runs
 from clbench.specification import read_specification
 
 if TYPE_CHECKING:
+    from clbench.results.stats import Interval
     from clbench.results.summary import Comparison, Difference, MethodSummary, Score
+    from clbench.results.tasks import StageTable
 
 KINDS = ("methods", "streams", "suites", "tracks")
+FEW_STAGES = 3
+"""With more stages, tables of scores show no intervals."""
 FIRST_COLUMN, METHOD_COLUMN = 19, 25
 """Characters of a score's name, and of ``value [low, high]``, with their borders."""
 
 
 def listing(kind: str | None, runs: Path, *, name: str | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Return kind -> entries with ``name``, ``about`` and, for methods and streams, ``options``; or only one of them.
+    """Return kind -> entries with ``name``, ``about`` and, but for tracks, ``options``; or only one of them.
 
     Raises:
         NotFoundError: there is no such kind, or none of this name.
@@ -58,19 +62,20 @@ def _entries(kind: str) -> list[dict[str, Any]]:
     for name in registry.names(kind):  # type: ignore[arg-type]
         cls = registry.load_class(kind, name)  # type: ignore[arg-type]
         entry: dict[str, Any] = {"name": name, "about": first_sentence(cls)}
-        if kind in ("methods", "streams"):
-            entry["options"] = [
-                {
-                    "name": f.name,
-                    "type": str(f.type),
-                    "default": None if f.default is dataclasses.MISSING else f.default,
-                    "required": f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING,
-                    "help": docs_of_fields(cls.Options).get(f.name, ""),
-                }
-                for f in dataclasses.fields(cls.Options)
-            ]
+        entry["options"] = [
+            {
+                "name": f.name,
+                "type": str(f.type),
+                "default": None if f.default is dataclasses.MISSING else f.default,
+                "required": f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING,
+                "help": docs_of_fields(cls.Options).get(f.name, ""),
+            }
+            for f in dataclasses.fields(cls.Options)
+        ]
         if kind == "methods":
             entry["needs"] = sorted(cls.needs)
+        if kind == "suites":
+            entry["sources"] = cls.sources()
         entries.append(entry)
     return sorted(entries, key=lambda entry: str(entry["name"]))
 
@@ -148,6 +153,8 @@ def show(found: dict[str, list[dict[str, Any]]], *, in_full: bool = False) -> No
             for option in options if in_full else []:
                 value = "(required)" if option["required"] else option["default"]
                 table.add_row("", f"{option['name']}={value}  {option['help']}", style="dim")
+            for source in entry.get("sources", []) if in_full else []:
+                table.add_row("", f"{source['name']}  {source['title']}, {source['licence']}", style="dim")
         if not entries:
             table.add_row("none", "")
         console.print(table)
@@ -228,3 +235,35 @@ def interval(score: Score | Difference) -> str:
     if not (math.isfinite(score.low) and math.isfinite(score.high)):
         return f"{score.value:.3f}"
     return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
+
+
+def show_stage_table(title: str, table: StageTable) -> None:
+    """Print the scores of a run by task and stage, and what every stage retains of the base's."""
+    console = Console(markup=False, highlight=False, emoji=False)
+    console.print(title, style="italic", soft_wrap=True)
+    if not table.scores:
+        console.print("its suites have no scores by task", style="dim")
+        return
+    grid = Table()
+    grid.add_column("task", overflow="fold")
+    for stage, name in table.stages.items():
+        grid.add_column(f"{stage} {name}" if stage else name, justify="right")
+    plain = len(table.stages) > FEW_STAGES
+    for task, by_stage in table.scores.items():
+        grid.add_row(task, *(_score(by_stage.get(stage), plain=plain) for stage in table.stages))
+    if table.retention:
+        kept = [table.retention.get(stage) for stage in table.stages]
+        grid.add_section()
+        for title, name in (("retained", "corrected"), ("retained, plain", "plain")):
+            shares = [None if one is None else getattr(one, name) for one in kept]
+            grid.add_row(title, *(_score(share, plain=plain) for share in shares))
+    console.print(grid)
+    told = "Intervals, 95 % over items, are in --json." if plain else "Intervals: 95 % over items, evaluation noise."
+    console.print(f"Retained: of the base's scores, mean over tasks, chance taken off. {told}", style="dim")
+
+
+def _score(one: Interval | None, *, plain: bool) -> str:
+    if one is None or not math.isfinite(one.value):
+        return "–"
+    bounds = f" [{one.low:.3f}, {one.high:.3f}]" if math.isfinite(one.low + one.high) and not plain else ""
+    return f"{one.value:.3f}{bounds}"

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clbench import console, registry
+from clbench import console, fanout, registry
 from clbench.base import open_stream
+from clbench.cells import Cell
 from clbench.errors import ConfigError
-from clbench.files import digest_of, exclusive, sha256_file
-from clbench.recorder import Recorder
+from clbench.fanout import Failure, Job, Outcome, Request, Subject
+from clbench.files import exclusive
+from clbench.recorder import Recorder, check_same_weights, conclude, write_row
 from clbench.results.store import RunStore, utc_now
 from clbench.run import Place, reporting_failure, resolve, start
 from clbench.stream import Stream
 from clbench.track import Track
-from clbench.train.models import check_checkpoint, load_model, n_parameters, weights_sha256
+from clbench.train.ledger import Ledger
+from clbench.train.models import check_checkpoint, load_model, load_tokenizer, n_parameters, weights_sha256
 from clbench.train.parallel import Hardware, find_device
 
 
 def measure_checkpoints(
-    track: Track, checkpoints: Mapping[int, str], *, label: str, out: Path, place: Place
-) -> RunStore:
+    track: Track,
+    checkpoints: Mapping[int, str],
+    *,
+    label: str,
+    out: Path,
+    place: Place,
+    n_jobs: int = 1,
+    devices: Sequence[str] = (),
+) -> tuple[RunStore, list[Failure]]:
     """Measure checkpoints that were trained elsewhere on a track's suites and give them a matrix like any run.
 
     Args:
@@ -30,6 +40,12 @@ def measure_checkpoints(
         label: how they are called in tables.
         out: run folder.
         place: device and sinks.
+        n_jobs: worker processes; 1 measures in this one, checkpoint by checkpoint.
+        devices: of the workers, in turn; that of ``place`` where none is named.
+
+    Returns:
+        the run folder, and the cells that failed: the rows of their checkpoints are not there. In this process the
+        first failure is raised instead.
 
     Raises:
         ConfigError: no checkpoint, or a stage that the stream does not have.
@@ -60,17 +76,76 @@ def measure_checkpoints(
         method = {"label": label, "components": components}
         store = start(out, resolve(track, stream, method, 0, facts, hardware, place))
         with reporting_failure(store):
-            for stage, path in sorted(checkpoints.items()):
-                console.say(f"stage {stage}: {path}")
-                model = (loaded.pop(stage) if stage in loaded else load_model(path)).to(device).eval()
-                suites = [registry.make_suite(name, stream) for name in track.suites]
-                recorder = Recorder(store, suites, model, stream, hardware, place.sinks)
-                recorder.record_outside(stage, *tokenizers[stage])
-                del model, recorder  # before the next is loaded: one model in memory at a time
-            store.write_status("done", finished=utc_now())
+            if n_jobs > 1 or len(devices) > 1:
+                del loaded[min(checkpoints)]
+                failures = _spread(store, track, stream, checkpoints, hardware, place, n_jobs, devices)
+            else:
+                _one_by_one(store, track, stream, checkpoints, hardware, place, loaded, tokenizers)
+                failures = []
+            if not failures:
+                store.write_status("done", finished=utc_now())
+            else:
+                store.write_status("failed", error=str(failures[0]), since=utc_now())
         for sink in place.sinks:
             sink(store)
-    return store
+    return store, failures
+
+
+def _one_by_one(
+    store: RunStore,
+    track: Track,
+    stream: Stream,
+    checkpoints: Mapping[int, str],
+    hardware: Hardware,
+    place: Place,
+    loaded: dict[int, Any],
+    tokenizers: Mapping[int, tuple[Any, str]],
+) -> None:
+    """Measure in this process; the first failure stops it."""
+    for stage, path in sorted(checkpoints.items()):
+        console.say(f"stage {stage}: {path}")
+        model = (loaded.pop(stage) if stage in loaded else load_model(path)).to(hardware.device).eval()
+        suites = [registry.make_suite(spec, stream) for spec in track.suites]
+        recorder = Recorder(store, suites, model, stream, hardware, place.sinks)
+        recorder.record_outside(stage, *tokenizers[stage])
+        del model, recorder  # before the next is loaded: one model in memory at a time
+
+
+def _spread(
+    store: RunStore,
+    track: Track,
+    stream: Stream,
+    checkpoints: Mapping[int, str],
+    hardware: Hardware,
+    place: Place,
+    n_jobs: int,
+    devices: Sequence[str],
+) -> list[Failure]:
+    """Measure in worker processes, then write the rows of the checkpoints that have all of theirs."""
+    requests = tuple(
+        Request(spec=spec, stream=str(stream.folder) if registry.suite_class(spec)[0].needs_stream else "")
+        for spec in track.suites
+    )
+    stages = sorted(checkpoints)
+    jobs = [
+        Job(subject=Subject(label=f"stage {stage}", path=checkpoints[stage]), requests=requests) for stage in stages
+    ]
+    outcome = fanout.measure(jobs, n_jobs=n_jobs, devices=devices or [str(hardware.device)])
+    names = [registry.suite_class(spec)[0].name for spec in track.suites]
+    for j, stage in enumerate(stages):
+        found = _row(outcome, j, names)
+        if found is not None:
+            check_same_weights(store, stage, outcome.weights_sha256[j])
+            if stage not in store.stages_done():
+                write_row(store, stage, outcome.weights_sha256[j], found, 0)
+            conclude(store, stage, Ledger(), hardware, place.sinks)
+    return outcome.failures
+
+
+def _row(outcome: Outcome, job: int, names: Sequence[str]) -> dict[str, Cell] | None:
+    """Return the cells of one checkpoint by suite, None where one of them failed."""
+    found = {name: cell for r, name in enumerate(names) if (cell := outcome.cell(job, r)) is not None}
+    return found if len(found) == len(names) else None
 
 
 def outside_tokenizer(path: str, stream: Stream) -> tuple[Any, str]:
@@ -79,19 +154,4 @@ def outside_tokenizer(path: str, stream: Stream) -> tuple[Any, str]:
     Raises:
         ConfigError: the checkpoint has no tokenizer that transformers can load.
     """
-    from transformers import AutoTokenizer
-
-    own = stream.tokenizer_folder / "tokenizer.json"
-    theirs = Path(path) / "tokenizer.json"
-    if theirs.is_file() and sha256_file(theirs) == sha256_file(own):
-        return None, ""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=Path(path).is_dir(), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no tokenizer beside this checkpoint: {str(error).splitlines()[0]}",
-            where=path,
-            mend="save it there with tokenizer.save_pretrained",
-        ) from None
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return tokenizer, digest_of(backend.to_str() if backend is not None else tokenizer.get_vocab())
+    return (None, "") if fanout.is_streams_own(path, stream) else load_tokenizer(path)

@@ -1,22 +1,26 @@
-"""Matrix rows: release weights are measured once, saved, and declared complete in the run folder."""
+"""Matrix rows: release weights are measured once, saved, and declared complete in the run folder.
+
+Suites that were named later go beside them: ``clbench.extras``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from clbench import cells, console
+from clbench.cells import Cell
 from clbench.errors import ConfigError, IntegrityError, NotFoundError
 from clbench.method import Stage, Weights
 from clbench.results.store import RunStore, StageRecord, utc_now
 from clbench.stream import Stream
 from clbench.suite import Checkpoint, Suite
 from clbench.train.ledger import Ledger
-from clbench.train.models import holding, load_model, save_model, weights_of, weights_sha256
+from clbench.train.models import holding, load_model, load_tokenizer, save_model, weights_of, weights_sha256
 from clbench.train.parallel import Hardware
 
 Sink = Callable[[RunStore], object]
@@ -33,6 +37,7 @@ class Recorder:
     stream: Stream
     hardware: Hardware
     sinks: tuple[Sink, ...] = ()
+    _tokenizer: tuple[Any, str] | None = field(default=None, init=False, repr=False)
 
     def finish_stage(self, stage: Stage, released: Weights, n_steps: int, ledger: Ledger) -> None:
         """Measure the release weights of a stage, save them, and declare the row complete.
@@ -92,33 +97,28 @@ class Recorder:
     ) -> None:
         """Measure the model as it is and write row ``stage``; nothing is measured twice, unless ``again``."""
         if again or stage not in self.store.stages_done():
-            checkpoint = Checkpoint(
-                model=self.model,
-                weights_sha256=digest,
-                device=self.hardware.device,
-                autocast_dtype=None,
-                tokenizer=tokenizer,
-                tokenizer_sha256=tokenizer_sha256,
-            )
-            addresses, cost = {}, {"flops": 0.0, "seconds": 0.0}
+            found = {}
             for suite in self.suites:
-                cell = cells.measure(suite, checkpoint)
-                self.store.write_rows(suite.name, stage, cell.rows)
-                addresses[suite.name] = cell.address
-                cost = {"flops": cost["flops"] + cell.flops, "seconds": cost["seconds"] + cell.seconds}
-            self.store.write_stage_record(
-                StageRecord(
-                    stage=stage,
+                own = (tokenizer, tokenizer_sha256) if tokenizer is not None else self._tokenizer_for(suite)
+                checkpoint = Checkpoint(
+                    model=self.model,
                     weights_sha256=digest,
-                    cells=addresses,
-                    finished=utc_now(),
-                    n_steps=n_steps,
-                    evaluation=cost,
+                    device=self.hardware.device,
+                    autocast_dtype=None,
+                    tokenizer=own[0],
+                    tokenizer_sha256=own[1],
                 )
-            )
-        self._bill(stage, ledger)
-        for sink in self.sinks:
-            sink(self.store)
+                found[suite.name] = cells.measure(suite, checkpoint)
+            write_row(self.store, stage, digest, found, n_steps)
+        conclude(self.store, stage, ledger, self.hardware, self.sinks)
+
+    def _tokenizer_for(self, suite: Suite) -> tuple[Any, str]:
+        """Return what a suite reads a model of the stream's own tokens with: a suite of the stream has the ids."""
+        if suite.needs_stream:
+            return None, ""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.stream.tokenizer_folder)
+        return self._tokenizer
 
     def record_outside(self, stage: int, tokenizer: Any, tokenizer_sha256: str) -> None:
         """Measure a checkpoint that was trained elsewhere.
@@ -127,18 +127,46 @@ class Recorder:
             ConfigError: this row was measured with other weights.
         """
         digest = weights_sha256(self.model)
-        if stage in self.store.stages_done() and self.store.stage_record(stage)["weights_sha256"] != digest:
-            raise ConfigError(
-                f"stage {stage} of this folder was measured with other weights",
-                where=self.store.folder,
-                mend="give another folder with --out",
-            )
+        check_same_weights(self.store, stage, digest)
         self.record(stage, digest, 0, Ledger(), tokenizer=tokenizer, tokenizer_sha256=tokenizer_sha256)
 
-    def _bill(self, stage: int, ledger: Ledger) -> None:
-        for done in self.store.stages_done():
-            cost = self.store.stage_record(done).get("evaluation")
-            if cost is not None and done <= stage:
-                ledger.evaluations[done] = cost
-        ledger.note_memory(self.hardware.memory_bytes())
-        self.store.write_ledger(ledger.as_dict())
+
+def conclude(store: RunStore, stage: int, ledger: Ledger, hardware: Hardware, sinks: Sequence[Sink]) -> None:
+    """Bill a complete row and tell the sinks."""
+    for done in store.stages_done():
+        cost = store.stage_record(done).get("evaluation")
+        if cost is not None and done <= stage:
+            ledger.evaluations[done] = cost
+    ledger.note_memory(hardware.memory_bytes())
+    store.write_ledger(ledger.as_dict())
+    for sink in sinks:
+        sink(store)
+
+
+def check_same_weights(store: RunStore, stage: int, digest: str) -> None:
+    """Raise ConfigError where a row was measured with other weights."""
+    if stage in store.stages_done() and store.stage_record(stage)["weights_sha256"] != digest:
+        raise ConfigError(
+            f"stage {stage} of this folder was measured with other weights",
+            where=store.folder,
+            mend="give another folder with --out",
+        )
+
+
+def write_row(store: RunStore, stage: int, digest: str, found: Mapping[str, Cell], n_steps: int) -> None:
+    """Write the rows of all suites, then the record that declares a stage complete."""
+    for name, cell in found.items():
+        store.write_rows(name, stage, cell.rows)
+    store.write_stage_record(
+        StageRecord(
+            stage=stage,
+            weights_sha256=digest,
+            cells={name: cell.address for name, cell in found.items()},
+            finished=utc_now(),
+            n_steps=n_steps,
+            evaluation={
+                "flops": sum(cell.flops for cell in found.values()),
+                "seconds": sum(cell.seconds for cell in found.values()),
+            },
+        )
+    )

@@ -251,9 +251,9 @@ def make_stream_source(target: str) -> StreamSource:
         NotFoundError: nothing is called so; near misses are suggested.
         ConfigError: an option is unknown, missing or of the wrong type, or the specification cannot be used.
     """
-    if target.endswith((".yaml", ".yml")):
-        return source_of(read_specification(Path(target).expanduser()))
     name, given = _split(target, "stream")
+    if target.endswith((".yaml", ".yml")) and not given:  # codedocs:manifest=FILE.yaml is an option's value
+        return source_of(read_specification(Path(target).expanduser()))
     if (path := specifications().get(canonical(name))) is not None:
         read = read_specification(path)
         return source_of(read.model_copy(update={"options": {**read.options, **given}}))
@@ -301,7 +301,7 @@ def stream_names() -> list[str]:
 
 def is_stream(target: str) -> bool:
     """Return whether a target can only be a stream: a known name, Python code, or a YAML file that names a source."""
-    if target.endswith((".yaml", ".yml")):
+    if target.endswith((".yaml", ".yml")) and not _split(target, "stream")[1]:
         try:
             content = yaml.safe_load(Path(target).expanduser().read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError):

@@ -232,7 +232,7 @@ def start(folder: Path, config: RunConfig) -> RunStore:
     """
     store = RunStore(folder)
     remove_leftovers(folder)
-    for part in ("stages", "rows", "checkpoints", "release"):
+    for part in ("stages", "rows", "extras", "checkpoints", "release"):
         remove_leftovers(folder / part)
     if not (folder / "run.yaml").is_file():
         store.write_config(config.model_dump(mode="json"))

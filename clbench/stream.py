@@ -127,6 +127,22 @@ class StreamSource(ABC):
         """Return files, by name, that a suite of this stream needs besides: questions with known answers, say."""
         return {}
 
+    def late_extras(self) -> Mapping[str, int]:
+        """Return the files that can be made after the build, each with the version of what makes it.
+
+        They are no part of the built stream and of no digest of it, so a suite may ask more of a stream than was
+        thought of when it was built. ``clbench.late`` makes and keeps them.
+        """
+        return {}
+
+    def late_extra(self, name: str) -> bytes:
+        """Return such a file, made from what ``fetch`` brought and without a network; the same on every machine.
+
+        Raises:
+            NotFoundError: this stream has none of this name, or what it is made from is not there.
+        """
+        raise NotFoundError(f"stream {self.name!r} has no {name}", mend="measure it on a stream that has")
+
 
 class Stream:
     """A built stream, read-only.

@@ -117,6 +117,11 @@ class Suite(ABC):
         """
         return {}
 
+    @classmethod
+    def sources(cls) -> list[dict[str, Any]]:
+        """Return what it measures on beyond its stream, with ``name``, ``title`` and ``licence`` of each."""
+        return []
+
     def shards(self) -> list[str]:
         """Return the names of the parts that can be measured apart, in the order of their rows."""
         return [WHOLE]
@@ -134,6 +139,10 @@ class Suite(ABC):
     def shard_sha256(self, shard: str) -> str:
         """Return the digest of what one part is measured on: the data's part of that cell's address."""
         return self.data_sha256()
+
+    def licences(self) -> dict[str, str]:
+        """Return under which licence the texts that it measures on may be used, by part, for reports."""
+        return {}
 
     def flops(self, checkpoint: Checkpoint) -> float:
         """Return the floating-point operations of one ``measure``, for the ledger."""

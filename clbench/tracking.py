@@ -45,6 +45,7 @@ from clbench.results.matrix import Matrix, Unit, documents_of
 from clbench.results.metrics import backward, forward, in_distribution
 from clbench.results.store import RunStore, StageRecord, StepLine
 from clbench.results.summary import Score, summarise
+from clbench.results.tasks import tasks_of_run
 
 SECTIONS: dict[Unit, str] = {"bits_per_byte": "bpb", "nats_per_token": "nats"}
 """Unit -> first level of the metric names; MLflow's page makes one section of each."""
@@ -67,6 +68,8 @@ NOTE = """One run per method and seed; unfold it for one child run per stage.
 - `method/<method>/<name>` is what a method noted about itself in that stage.
 - `score/…` (nats per token where they are losses) with `_low` and `_high` (95 % interval; for one run that is
   evaluation noise, not seed noise) and `cost/…` appear when the run is done.
+- `acc/<task>`, step = stage, is the score of a task of any suite that has scores, also of suites measured later
+  (`clbench evaluate RUN --suite NAME`); higher is better.
 - `fisher/<block>/<figure>`, step = stage, when `clbench fisher` measured the run: see docs/fisher.md.
 - `…/undefined` = 1 marks a figure that is not defined or not finite there.
 - Artifacts: the matrix as pictures and CSV, the configuration, the bill, and the report when it was made.
@@ -262,7 +265,7 @@ def _parent(folder: _Folder, name: str, matrices: Mapping[Unit, Matrix]) -> Logg
         points += cost_points(folder.store.ledger(), last, at) + score_points(scores, last, at)
         undefined = [score for score in scores.values() if not math.isfinite(score.value)]
         tags |= {f"clbench.undefined.{metric_name(s.name)}": str(s.reason) for s in undefined}
-    points += fisher_points(folder.store, finished)
+    points += fisher_points(folder.store, finished) + task_points(folder.store, finished)
     return LoggedRun(
         key="parent",
         name=name,
@@ -384,6 +387,15 @@ def fisher_points(store: RunStore, finished: Mapping[int, int]) -> list[Point]:
             mend="delete it and run `clbench fisher` again",
         ) from None
     return list(points.values())
+
+
+def task_points(store: RunStore, finished: Mapping[int, int]) -> list[Point]:
+    """Return the score of every task at every stage; losses have curves of their own."""
+    points: list[Point] = []
+    for stage, found in tasks_of_run(store).items():
+        for name, task in found.items():
+            points.append(finite_point(f"acc/{metric_name(name)}", task.score, stage, finished[stage]))
+    return points
 
 
 def period_names(stages: Iterable[Mapping[str, Any]]) -> dict[int, str]:

@@ -30,6 +30,7 @@ from clbench.errors import ClbenchError, ConfigError, SubmissionError
 from clbench.files import digest_of, sha256_file, write_json, write_text
 from clbench.leaderboard.page import slug
 from clbench.results.store import ROWS_SCHEMA, RunStore
+from clbench.suite import UNDATED
 
 ENTRY_FORMAT = 1
 MAX_FILES = 1000
@@ -57,7 +58,7 @@ SHA256 = r"[0-9a-f]{64}"
 ENTRY_NAME = re.compile(r"(?P<slug>[a-z0-9][a-z0-9.\-]{0,79})-(?P<date>\d{8})-(?P<digest>[0-9a-f]{8})")
 EXPECTED_FILE = re.compile(
     r"entry\.json|README\.md|seed-(0|[1-9]\d{0,8})/"
-    r"(run\.yaml|ledger\.json|steps\.jsonl|stages/\d{2}\.json|rows/[a-z0-9_]{1,40}-\d{2}\.parquet)"
+    r"(run\.yaml|ledger\.json|steps\.jsonl|stages/\d{2}\.json|rows/[a-z0-9_-]{1,40}-\d{2}\.parquet)"
 )
 
 
@@ -563,14 +564,20 @@ def check_run(folder: Path, seed: int, entry: Entry, track: Mapping[str, Any], p
         return None
     check_config(run, seed, entry, track, f"{where}/run.yaml", problems)
     n_stages = len(run.stages)
-    suites = list(track.get("suites") or ["heldout"])
+    suites = suite_names(track.get("suites") or ["heldout"])
     check_records(folder, n_stages, suites, problems)
     n_trained = check_ledger(folder, n_stages, run, track, problems)
     check_steps(folder, track, problems)
     tables: dict[str, list[Any]] = {}
     for suite in suites:
         tables[suite] = [
-            check_rows(folder.parent, f"{where}/rows/{suite}-{stage:02d}.parquet", n_stages, problems)
+            check_rows(
+                folder.parent,
+                f"{where}/rows/{suite}-{stage:02d}.parquet",
+                n_stages,
+                problems,
+                is_matrix=suite == suites[0],
+            )
             for stage in range(n_stages)
         ]
     wanted = {f"{suite}-{stage:02d}.parquet" for suite in suites for stage in range(n_stages)}
@@ -578,6 +585,13 @@ def check_run(folder: Path, seed: int, entry: Entry, track: Mapping[str, Any], p
         problems.check(path.name in wanted, f"{where}/rows/{path.name}", "is no cell of this track")
     whole = all(table is not None for rows in tables.values() for table in rows)
     return Measured(n_stages, tables, n_trained) if whole else None
+
+
+def suite_names(specs: Sequence[str]) -> list[str]:
+    """Return the names that rows of a track's suites are filed under; ``general:size=small`` is ``general``."""
+    from clbench.registry import suite_class
+
+    return [str(suite_class(spec)[0].name) for spec in specs]
 
 
 def check_config(run: _Run, seed: int, entry: Entry, track: Mapping[str, Any], where: str, problems: Problems) -> None:
@@ -694,8 +708,11 @@ def check_steps(folder: Path, track: Mapping[str, Any], problems: Problems) -> N
             return
 
 
-def check_rows(folder: Path, name: str, n_stages: int, problems: Problems) -> Any:
-    """Return the sorted rows of one checkpoint, None with a problem when they cannot be used."""
+def check_rows(folder: Path, name: str, n_stages: int, problems: Problems, *, is_matrix: bool = True) -> Any:
+    """Return the sorted rows of one checkpoint, None with a problem when they cannot be used.
+
+    ``is_matrix``: they are the track's first suite, losses on every period.
+    """
     if not (folder / name).is_file():
         problems.add(name, "is missing: a cell of the matrix was not measured")
         return None
@@ -726,13 +743,13 @@ def check_rows(folder: Path, name: str, n_stages: int, problems: Problems) -> An
     problems.check(bool((n_tokens > 0).all() and (n_bytes > 0).all()), name, "a document without tokens or bytes")
     losses = table.filter(pc.equal(table["metric"], "nll_nats"))
     problems.check(bool((losses["value"].to_numpy() >= 0).all()), name, "a negative log-likelihood is below zero")
-    for stage, _, bits in cells(losses, n_stages):
+    for stage, _, bits in cells(losses, n_stages) if is_matrix else []:  # another suite's items may have no period
         problems.check(bits is not None, name, f"no document of period {stage}")
         problems.check(
             bits is None or bits < MAX_BITS_PER_BYTE, name,
             f"{bits or 0:.1f} bits per byte on period {stage}, at most {MAX_BITS_PER_BYTE:g} are believable",
         )  # fmt: skip
-    outside = set(pc.unique(table["stage"]).to_pylist()) - set(range(n_stages))
+    outside = set(pc.unique(table["stage"]).to_pylist()) - set(range(n_stages)) - (set() if is_matrix else {UNDATED})
     problems.check(not outside, name, f"documents of stages {sorted(outside)}, which the track does not have")
     return table
 

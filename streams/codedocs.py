@@ -23,13 +23,13 @@ import numpy as np
 import pydantic
 import yaml
 
-from clbench import home, index
+from clbench import console, home, index
 from clbench.archive import iter_members
 from clbench.errors import ConfigError, IntegrityError, NotFoundError, did_you_mean
 from clbench.files import atomic_path, digest_of, sha256_file
 from clbench.index import PinnedFile
 from clbench.stream import Change, Document, StageInfo, StreamSource
-from clbench.streams import _docstrings, _pages
+from clbench.streams import _api_records, _docstrings, _pages
 
 EXTRACTION_VERSION = 1
 """Raise it when anything below changes what comes out: it is part of the address of built streams."""
@@ -305,6 +305,24 @@ class CodeDocs(StreamSource):
             yield Document(id=identity, text=text, date=release.date, group=release.package, change=change)
         _save_digests(release, now)
 
+    def late_extras(self) -> dict[str, int]:
+        """Return the file of signatures that suite ``api_change`` asks about, see ``_api_records``."""
+        return {_api_records.API: _api_records.VERSION}
+
+    def late_extra(self, name: str) -> bytes:
+        """Read all releases once more, for the signatures of what they define."""
+        if name != _api_records.API:
+            return super().late_extra(name)
+        from rich.progress import track
+
+        pins = [(i, release) for i, stage in enumerate(self.manifest.stages) for release in stage.releases]
+        bar = track(pins, "signatures", console=console.stderr, transient=True, disable=not console.stderr.is_terminal)
+        releases = (
+            _api_records.ReleaseText(i, release.package, release.version, release.date, _modules(_path_of(release)))
+            for i, release in bar
+        )
+        return _api_records.table([stage.name for stage in self.manifest.stages], releases, min_chars=MIN_CHARS)
+
     def summary(self) -> list[dict[str, Any]]:
         """Return, per stage, counts of documents by change kind, text bytes, download bytes, packages and licences."""
         return [self._summary_of(i, stage) for i, stage in enumerate(self.manifest.stages)]
@@ -440,6 +458,12 @@ def read_release(path: Path, package: str) -> Iterator[tuple[str, str]]:
                 continue
             seen.add(body)
             yield f"{package}:{name}", f"{head}\n\n{body}" if head else body
+
+
+def _modules(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (path, text) of the modules that may hold documents."""
+    for member in iter_members(path, lambda name: name.endswith(".py") and is_wanted(_inner_path(name))):
+        yield _inner_path(member.name), decode(member.data, python=True)
 
 
 def _inner_path(name: str) -> str:

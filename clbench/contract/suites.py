@@ -22,7 +22,7 @@ from clbench.contract.problems import ContractError, NotChecked, describe, is_fr
 from clbench.contract.watch import comparable
 from clbench.errors import ClbenchError
 from clbench.listing import docs_of_fields
-from clbench.suite import Checkpoint, Rows, Suite
+from clbench.suite import UNDATED, Checkpoint, Rows, Suite
 from clbench.train.models import make_model, weights_sha256
 
 ROUNDING_NATS = 1e-4
@@ -122,9 +122,10 @@ def check_rows(case: SuiteCase) -> None:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise case.broken(f"{twice} stands in several rows", "one row per item, metric and stage")
     n_stages = len(case.lab.stream.stages())
-    if rows.stage.min() < 0 or rows.stage.max() >= n_stages:
+    if rows.stage.min() < UNDATED or rows.stage.max() >= n_stages:
         raise case.broken(
-            f"stages run from {rows.stage.min()} to {rows.stage.max()}", f"the stream has 0 to {n_stages - 1}"
+            f"stages run from {rows.stage.min()} to {rows.stage.max()}",
+            f"the stream has 0 to {n_stages - 1}; undated items are {UNDATED}",
         )
     for name in ("value", "n_tokens", "n_bytes"):
         column = np.asarray(getattr(rows, name), dtype=np.float64)

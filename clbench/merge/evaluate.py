@@ -92,7 +92,7 @@ class LossJudge(Judge):
         self.benchmarks = (Benchmark(name="general", side="general"), Benchmark(name="domain", side="domain"))
         self.texts, self.tokenizer, self.max_length = {"general": general, "domain": domain}, tokenizer, max_length
         suite = registry.load_class("suites", "heldout")
-        self.suite: Any = suite(_Pair(general, domain), suite.Options(max_length=max_length))
+        self.suite: Any = suite(TextStream(general, domain), suite.Options(max_length=max_length))
         self.sha256 = digest_of([self.suite.sha256(), general.sha256, domain.sha256])
 
     def measure(self, checkpoint: Checkpoint) -> Rows:
@@ -203,8 +203,8 @@ def _chosen(rows: Rows, wanted: Sequence[bool]) -> Rows:
     return Rows(**columns)
 
 
-class _Pair(Stream):
-    """Two texts in the place of a stream's held-out documents of two stages."""
+class TextStream(Stream):
+    """Texts in the place of a stream's held-out documents, one a stage."""
 
     def __init__(self, *texts: Text) -> None:
         self.texts, self.folder, self.name = texts, Path("texts"), "texts"
@@ -212,9 +212,11 @@ class _Pair(Stream):
         self.manifest = {}
 
     def stages(self) -> list[StageInfo]:
+        """Return one stage a text."""
         return [StageInfo(index=i, name=text.name, start="", end="") for i, text in enumerate(self.texts)]
 
     def documents(self, split: Split, stage: int, columns: list[str] | None = None) -> pa.Table:
+        """Return the documents of one text, whatever the split."""
         import pyarrow as pa
 
         text = self.texts[stage]

@@ -3,6 +3,7 @@
     run.yaml                  the resolved configuration; running it again gives the same run
     stages/03.json            StageRecord of matrix row 3, written after its rows: its presence means complete
     rows/heldout-03.parquet   rows of suite ``heldout`` under the release weights after stage 3 (00 is the base)
+    extras/general-03.json    ExtraRecord of a suite that was named later (clbench.extras), written after its rows
     ledger.json               the bill so far (clbench.train.ledger)
     steps.jsonl               one line per logged optimizer step (StepLine)
     status.json               state: running, done or failed, and why
@@ -60,6 +61,23 @@ class StageRecord(TypedDict):
     """Optimizer steps of this stage; 0 for the base and for checkpoints made elsewhere."""
     evaluation: NotRequired[dict[str, float]]
     """``flops`` and ``seconds`` of measuring this row, as billed."""
+
+
+class ExtraRecord(TypedDict):
+    """The rows of one suite that was measured besides the run's own, under the release weights of one stage."""
+
+    suite: str
+    spec: str
+    """As it was named."""
+    stage: int
+    weights_sha256: str
+    """Of the release weights; the rows count only while the stage has these."""
+    cells: dict[str, str]
+    """Shard -> cell address, of the shards that could be measured."""
+    finished: str
+    """UTC ISO-8601."""
+    evaluation: dict[str, float]
+    """``flops`` and ``seconds``."""
 
 
 class StepLine(TypedDict):
@@ -140,6 +158,34 @@ class RunStore:
     def write_stage_record(self, record: StageRecord) -> None:
         """Declare a row complete; write its rows first."""
         write_json(self.folder / "stages" / f"{record['stage']:02d}.json", dict(record))
+
+    # suites that were measured besides
+
+    def extra_record(self, suite: str, stage: int) -> ExtraRecord | None:
+        """Return the record of a suite that was named later, None where there is none of these weights."""
+        path = self.folder / "extras" / f"{suite}-{stage:02d}.json"
+        if not path.is_file() or stage not in self.stages_done():
+            return None
+        record: ExtraRecord = read_json(path)
+        same = record.get("weights_sha256") == self.stage_record(stage)["weights_sha256"]
+        return record if same else None
+
+    def write_extra_record(self, record: ExtraRecord) -> None:
+        """Declare the rows of a further suite complete; write them first."""
+        write_json(self.folder / "extras" / f"{record['suite']}-{record['stage']:02d}.json", dict(record))
+
+    def suites(self) -> dict[str, list[int]]:
+        """Return the stages that each suite was measured on, the run's own suites first."""
+        found: dict[str, list[int]] = {}
+        done = self.stages_done()
+        for stage in done:
+            for suite in self.stage_record(stage)["cells"]:
+                found.setdefault(suite, []).append(stage)
+        for name in sorted({path.stem.rpartition("-")[0] for path in (self.folder / "extras").glob("*.json")}):
+            stages = [stage for stage in done if self.extra_record(name, stage) is not None]
+            if stages and name not in found:
+                found[name] = stages
+        return found
 
     def rows(self, suite: str, stage: int) -> pa.Table:
         """Return the rows of one suite under the release weights after ``stage``, schema ROWS_SCHEMA."""

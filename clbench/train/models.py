@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from clbench import seeds
-from clbench.errors import IntegrityError, NotFoundError
-from clbench.files import atomic_folder, canonical_json
+from clbench.errors import ConfigError, IntegrityError, NotFoundError
+from clbench.files import atomic_folder, canonical_json, digest_of
 from clbench.method import Weights
 from clbench.track import ModelSpec
 from clbench.train.ledger import forward_flops
@@ -124,6 +124,26 @@ def load_model(folder: Path | str) -> torch.nn.Module:
         )
     loaded: torch.nn.Module = model
     return loaded
+
+
+def load_tokenizer(path: Path | str) -> tuple[Any, str]:
+    """Return the tokenizer beside a checkpoint, a folder or a hub id, and the digest of what it does.
+
+    Raises:
+        ConfigError: there is none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=Path(path).is_dir(), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no tokenizer beside this checkpoint: {_first_line(error)}",
+            where=path,
+            mend="save it there with tokenizer.save_pretrained",
+        ) from None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return tokenizer, digest_of(backend.to_str() if backend is not None else tokenizer.get_vocab())
 
 
 def _first_line(error: Exception) -> str:

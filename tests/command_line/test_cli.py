@@ -24,6 +24,8 @@ COMMANDS = [
     "ledger",
     "fisher",
     "merge",
+    "health",
+    "temporal",
     "facts",
     "arms",
     "stream",

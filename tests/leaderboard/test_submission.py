@@ -20,6 +20,7 @@ from clbench.files import digest_of, sha256_file
 from clbench.leaderboard import submission
 from clbench.leaderboard.submission import MAX_LOG_LINES, pack, read_submissions, verify
 from clbench.results.store import ROWS_SCHEMA, RunStore
+from clbench.suite import UNDATED
 from clbench.track import Track
 from tests.leaderboard.conftest import DECLARED, SHAPE, known_track
 from tests.synthetic_runs import write_run
@@ -141,6 +142,24 @@ def test_what_is_packed_verifies(packed: Path, track: dict[str, Any]) -> None:
     value = json.loads((packed / "entry.json").read_text())
     assert value["seeds"] == [0, 1, 2]
     assert "seed-2/rows/heldout-02.parquet" in value["files"]
+
+
+def test_a_suite_of_questions_is_packed_and_verifies_by_its_spec(tmp_path: Path) -> None:
+    """Scores have no losses a period and items of no period; the spec in the track has options, the rows a name."""
+    runs = [write_run(tmp_path / f"seed-{seed}", seed=seed, **SHAPE) for seed in range(3)]
+    question = {"item": "q", "stage": UNDATED, "metric": "acc", "value": 1.0, "n_tokens": 1, "n_bytes": 1}
+    rows = pa.Table.from_pylist([{**question, "group": "quiz", "change": ""}], schema=ROWS_SCHEMA)
+    for run in runs:
+        for stage in run.stages_done():
+            run.write_rows("facts", stage, rows)
+            record = run.stage_record(stage)
+            run.write_stage_record({**record, "cells": {**record["cells"], "facts": "0" * 64}})
+    known = {**known_track(runs[0]), "suites": ["heldout", "facts:tokens_per_batch=8"]}
+    entry = pack(runs, tmp_path / "entries", declarations=DECLARED)
+    assert verify(entry, track=known) == []
+    assert any("has cells of" in line for line in verify(entry, track=known_track(runs[0])))
+    dated = {**known, "suites": ["facts", "heldout"]}  # the first suite is the matrix: losses on every period
+    assert any("no document of period 0" in line for line in verify(entry, track=dated))
 
 
 def test_packing_again_changes_nothing(packed: Path, runs: dict[str, list[RunStore]]) -> None:

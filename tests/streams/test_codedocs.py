@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from clbench import index
 from clbench.errors import ConfigError, IntegrityError, NotFoundError, OfflineError
 from clbench.registry import make_stream_source
 from clbench.stream import Document
-from clbench.streams import _docstrings
+from clbench.streams import _api_records, _docstrings
 from clbench.streams.codedocs import LICENCES, CodeDocs, Manifest, decode, is_prose, is_wanted, read_manifest
 from clbench.streams.codedocs_nano import CodeDocsNano
 from tests.index_server import IndexServer, index_server
@@ -505,3 +506,84 @@ def test_nothing_in_an_archive_is_executed_or_unpacked(manifest: Path, tmp_path:
     after = {path for path in tmp_path.rglob("*") if not path.is_relative_to(digests)}
     assert after == before, "digests of what was read, and nothing else"
     assert {path.suffix for path in digests.rglob("*") if path.is_file()} == {".bin"}
+
+
+# --- signatures for suite api_change
+
+
+def records(source: CodeDocs) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    head, *lines = map(json.loads, source.late_extra("api.jsonl").decode().splitlines())
+    return head, {line["name"]: line for line in lines}
+
+
+def test_signatures_of_all_releases_by_dotted_name(manifest: Path) -> None:
+    head, found = records(CodeDocs(manifest))
+    assert head["stages"] == ["2008", "2020"]
+    assert head["releases"] == [
+        [0, "graphs", "0.1", "2008-05-01"], [1, "other", "1", "2020-01-02"], [1, "graphs", "2.0", "2020-12-31"],
+    ]  # fmt: skip
+    path = "graphs/core.py"
+    assert found["graphs.core.Graph.add"] == {
+        "package": "graphs", "name": "graphs.core.Graph.add", "kind": "def", "qualname": "Graph.add",
+        "at": [[0, path, "(self, node, weight=1)", 1, 0],
+               [1, path, "(self, node: str, *, weight: float = 1.0) -> None", 1, 0]],
+    }  # fmt: skip
+    assert [entry[0] for entry in found["graphs.core.removed"]["at"]] == [0]
+    assert [entry[0] for entry in found["graphs.core.added"]["at"]] == [1]
+    assert "graphs.core.Graph.short" not in found, "in no release a document"
+
+
+def test_every_signature_with_a_document_is_one_of_the_streams(manifest: Path) -> None:
+    source = CodeDocs(manifest)
+    for stage in (0, 1):
+        heads = {d.text.partition("\n")[0] for d in source.documents(stage)}
+        for name, line in records(source)[1].items():
+            for at, _path, signature, documented, _deprecated in line["at"]:
+                assert at != stage or not documented or f"{line['kind']} {name}{signature}" in heads
+
+
+def test_other_late_extras_are_refused(manifest: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"stream .two-stages. has no questions\.jsonl"):
+        CodeDocs(manifest).late_extra("questions.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("docstring", "deprecated"),
+    [
+        ("Deprecated: use other().", True),
+        ("Do it.\n\n.. deprecated:: 1.2\n   Use other.", True),
+        ("Do it.\n\nDEPRECATED.", True),
+        ("Do it.\n\n*[Deprecated]* use other", True),
+        ("Do it.\nThis function is now deprecated, use other.", True),
+        ("Do it the way that the\ndeprecated other one did.", False),
+        ("Do it.\n\nParameters\n----------\nx : int\n    .. deprecated:: 1.2\n", False),
+        ("Do it.\n\nnames\n  Deprecated. A list.", False),
+        ("Deprecated arguments are ignored.", False),
+        ("Mark what follows as deprecated.", False),
+    ],
+)
+def test_what_says_that_a_definition_is_deprecated(docstring: str, deprecated: bool) -> None:
+    source = f'def f(x):\n    """{docstring}"""\n'
+    release = _api_records.ReleaseText(0, "p", "1", "2020-01-01", [("p/m.py", source)])
+    _, line = _api_records.table(["2020"], [release], min_chars=1).decode().splitlines()
+    assert json.loads(line)["at"] == [[0, "p/m.py", "(x)", 1, int(deprecated)]]
+
+
+def test_names_defined_twice_private_ones_and_scripts() -> None:
+    text = "'a docstring'"
+    source = f"""
+def same(a): {text}
+def same(a): {text}
+def other(a): {text}
+def other(a, b): {text}
+def _private(a): {text}
+class C:
+    {text}
+    def __init__(self, x): {text}
+    def __call__(self): {text}
+"""
+    files = [("p/__init__.py", source), ("docs/make.py", source), ("p/_hidden.py", source), ("p/2to3.py", source)]
+    release = _api_records.ReleaseText(0, "p", "1", "2020-01-01", files)
+    lines = _api_records.table(["2020"], [release], min_chars=1).decode().splitlines()[1:]
+    found = {line["name"]: line["at"][0][2] for line in map(json.loads, lines)}
+    assert found == {"p.same": "(a)", "p.other": None, "p.C": "", "p.C.__init__": "(self, x)"}
