@@ -252,10 +252,10 @@ def compare(arguments: argparse.Namespace, stream: Stream) -> None:
 
 def batch_shapes(suite: Any, checkpoint: Checkpoint) -> list[int]:
     """Return how many positions each batch of the suite has, padding included."""
-    from clbench.eval import heldout
+    from clbench.eval import _forward
 
     _, windows = suite._prepare(checkpoint)
-    found = heldout.batches(windows.n_input, heldout.TOKENS_PER_BATCH[checkpoint.device.type])
+    found = _forward.batches(windows.n_input, _forward.TOKENS_PER_BATCH[checkpoint.device.type])
     return [len(b) * int(windows.n_input[b].max()) for b in found]
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clbench.errors import ConfigError, NonFiniteError
-from clbench.eval.heldout import HEAD_CHUNK, TOKENS_PER_BATCH, batches, head_is_all, prefix_token_id, undisturbed
+from clbench.eval._forward import HEAD_CHUNK, TOKENS_PER_BATCH, batches, head_is_all, prefix_token_id, undisturbed
 from clbench.files import digest_of, sha256_bytes
 from clbench.results.knowledge import Truth
 from clbench.stream import Stream

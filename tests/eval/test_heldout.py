@@ -24,7 +24,9 @@ from transformers import (
 )
 
 from clbench.errors import ClbenchError, ConfigError, IntegrityError, NonFiniteError
-from clbench.eval.heldout import Heldout, head_is_all, measure_plain, rolling_windows, undisturbed
+from clbench.eval._forward import head_is_all, undisturbed
+from clbench.eval._windows import rolling_windows
+from clbench.eval.heldout import Heldout, measure_plain
 from clbench.stream import Stream
 from clbench.suite import Checkpoint
 
