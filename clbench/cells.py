@@ -35,7 +35,7 @@ class Cell:
 
 def address_of(suite: Suite, checkpoint: Checkpoint, shard: str = WHOLE) -> str:
     """Return the address of a measurement: everything that its values depend on."""
-    parts = {
+    parts: dict[str, Any] = {
         "format": FORMAT,
         "weights": checkpoint.weights_sha256,
         "tokenizer": checkpoint.tokenizer_sha256,
@@ -44,6 +44,9 @@ def address_of(suite: Suite, checkpoint: Checkpoint, shard: str = WHOLE) -> str:
         "data": suite.shard_sha256(shard),
         **({"shard": shard} if shard != WHOLE else {}),
     }
+    if suite.compares:
+        others = {"base": checkpoint.base, "previous": checkpoint.previous}
+        parts |= {name: other.weights_sha256 for name, other in others.items() if other is not None}
     return digest_of(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from clbench.recorder import Recorder
 from clbench.results.store import RunStore, utc_now
 from clbench.run import Place, reporting_failure, resolve, start
 from clbench.stream import Stream
+from clbench.suite import Reference
 from clbench.track import Track
 from clbench.train.models import check_checkpoint, load_model, n_parameters, weights_sha256
 from clbench.train.parallel import Hardware, find_device
@@ -57,6 +59,7 @@ def measure_checkpoints(
         first = loaded[min(checkpoints)]
         facts = {"weights_sha256": weights_sha256(first), "n_parameters": n_parameters(first)}
         del first
+        others: dict[int, Reference] = {}
         method = {"label": label, "components": components}
         store = start(out, resolve(track, stream, method, 0, facts, hardware, place))
         with reporting_failure(store):
@@ -64,8 +67,10 @@ def measure_checkpoints(
                 console.say(f"stage {stage}: {path}")
                 model = (loaded.pop(stage) if stage in loaded else load_model(path)).to(device).eval()
                 suites = [registry.make_suite(name, stream) for name in track.suites]
-                recorder = Recorder(store, suites, model, stream, hardware, place.sinks)
+                recorder = Recorder(store, suites, model, stream, hardware, place.sinks, others)
                 recorder.record_outside(stage, *tokenizers[stage])
+                digest = store.stage_record(stage)["weights_sha256"]
+                others[stage] = Reference(weights_sha256=digest, load=partial(load_model, path))
                 del model, recorder  # before the next is loaded: one model in memory at a time
             store.write_status("done", finished=utc_now())
         for sink in place.sinks:
