@@ -206,7 +206,7 @@ class _Problem:
         return linear
 
     def minimise(self, linear: Linear, *, near: Floats | None = None, log_d: float | None = None) -> _Minimum:
-        """Return the best (log d, log f): from a grid, or from a place near it; ``log_d`` holds the break."""
+        """Return the best (log d, log f): from a grid, or, coarser, from a place near it; ``log_d`` holds the break."""
         low, high = self.bounds
         if log_d is not None:
             low, high = low[1:], high[1:]
@@ -214,22 +214,31 @@ class _Problem:
         def whole(place: Floats) -> Floats:
             return place if log_d is None else np.array([log_d, place[0]])
 
-        starts = [near[2 - len(low) :]] if near is not None else []
-        grid = np.meshgrid(*(np.linspace(a, b, n + 2)[1:-1] for a, b, n in zip(low, high, STARTS, strict=False)))
-        points = np.stack([one.ravel() for one in grid], axis=1)
-        if near is None:
-            sse = [float(np.sum(linear(whole(p))[0] ** 2)) for p in points]
-            starts += [points[i] for i in np.argsort(sse)[:N_REFINED]]
-        return min((self._refined(linear, whole, s, (low, high)) for s in starts), key=lambda found: found.sse)
+        if near is not None:
+            starts = [near[2 - len(low) :]]
+        else:
+            axes = (np.linspace(a, b, n + 2)[1:-1] for a, b, n in zip(low, high, STARTS, strict=True))
+            points = np.stack([one.ravel() for one in np.meshgrid(*axes)], axis=1)
+            sse = [float(np.sum(linear(p)[0] ** 2)) for p in points]
+            starts = [points[i] for i in np.argsort(sse)[:N_REFINED]]
+        found = (self._refined(linear, whole, s, (low, high), fine=near is None) for s in starts)
+        return min(found, key=lambda one: one.sse)
 
     def _refined(
-        self, linear: Linear, whole: Callable[[Floats], Floats], start: Floats, bounds: tuple[Floats, Floats]
+        self,
+        linear: Linear,
+        whole: Callable[[Floats], Floats],
+        start: Floats,
+        bounds: tuple[Floats, Floats],
+        *,
+        fine: bool,
     ) -> _Minimum:
         from scipy.optimize import least_squares
 
         inside = np.clip(start, bounds[0] + 1e-9, bounds[1] - 1e-9)
+        jac, tolerance = ("3-point", 1e-15) if fine else ("2-point", 1e-7)
         found = least_squares(
-            lambda p: linear(whole(p))[0], inside, jac="3-point", bounds=bounds, xtol=1e-15, ftol=1e-15, gtol=1e-15
+            lambda p: linear(whole(p))[0], inside, jac=jac, bounds=bounds, xtol=tolerance, ftol=tolerance, gtol=None
         )
         return _Minimum(whole(found.x), float(2 * found.cost))
 
@@ -277,7 +286,7 @@ def _crossings(
             outer = centre + sign * size
             outer = max(outer, end) if sign < 0 else min(outer, end)
             if excess(outer) > 0:
-                found.append(float(brentq(excess, inner, outer, xtol=1e-12)) if excess(inner) <= 0 else centre)
+                found.append(float(brentq(excess, inner, outer, xtol=1e-3 * step)) if excess(inner) <= 0 else centre)
                 break
             if outer == end:
                 found.append(sign * math.inf)
