@@ -265,16 +265,13 @@ class Capacity(Suite):
         with _opened(checkpoint.previous, checkpoint, NO_PREVIOUS) as (before, why):
             step = None if before is None else gradients.step_between(before, checkpoint.model)
             for stage in probe.stages:
-                found = why
-                if before is not None:
-                    chosen = [
-                        batch
-                        for half in gradients.HALVES
-                        for batch in _gradient_batches(probe.halves[stage, half], size, checkpoint.device)
-                    ]
-                    with undisturbed(checkpoint.model, checkpoint.device):
-                        found = gradients.increment(before, checkpoint.model, lambda c=chosen: c, step=step)
-                table.add_increment(stage, found)
+                if before is None or step is None:
+                    table.add_increment(stage, why)
+                    continue
+                rows = [probe.halves[stage, half] for half in gradients.HALVES]
+                chosen = [batch for half in rows for batch in _gradient_batches(half, size, checkpoint.device)]
+                with undisturbed(checkpoint.model, checkpoint.device):
+                    table.add_increment(stage, gradients.increment(before, checkpoint.model, chosen, step=step))
 
 
 # --- text

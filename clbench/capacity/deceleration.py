@@ -16,17 +16,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clbench.capacity.figure import Figure, undefined
 from clbench.errors import ConfigError
+from clbench.results.store import RunStore
 
 Floats = NDArray[np.float64]
 Name = Literal["t_d", "loss_d_nats", "rate_d"]
 
+DROPPED = 100.0
+"""First steps that the source leaves out."""
 FEWEST_POINTS = 8
 """Five parameters want some points more."""
 SMOOTHNESS = (0.02, 3.0)
@@ -37,7 +40,7 @@ N_REFINED = 3
 LEVEL = 0.95
 
 
-def thinned(t_N: Floats, loss_N: Floats, *, first: float = 100.0) -> tuple[Floats, Floats]:
+def thinned(t_N: Floats, loss_N: Floats, *, first: float = DROPPED) -> tuple[Floats, Floats]:
     """Return a curve for the fit: means over the window [t/1.2, t], at about logarithmic steps, from ``first`` on.
 
     As in the source: a point every tenth of the present decade's start, every 1,000 at most, so that late steps do not
@@ -159,6 +162,56 @@ def _bend(x: Floats, log_d: float, log_f: float) -> Floats:
     return value
 
 
+@dataclass(frozen=True)
+class StageFit:
+    """The fit of one stage's training loss, or why there is none."""
+
+    stage: int
+    n_steps: int
+    n_points: int
+    """Of the thinned curve."""
+    first: float
+    """Steps up to here are left out."""
+    fit: Deceleration | None
+    reason: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON-able form; what is not defined is null beside its reason."""
+        facts = {name: getattr(self, name) for name in ("stage", "n_steps", "n_points", "first", "reason")}
+        figures = {} if self.fit is None else self.fit.figures()
+        return facts | {
+            "figures": {
+                name: {"value": one.value if not one.reason else None, "reason": one.reason}
+                for name, one in figures.items()
+            }
+        }
+
+
+def of_stages(store: RunStore, *, first: float | None = None) -> list[StageFit]:
+    """Fit the training loss of every stage of a run against the steps since the stage began.
+
+    Args:
+        store: the run; its log has a line every few steps.
+        first: steps at the start of a stage to leave out, where a loss jumps and recovers; None: 100, or a twentieth of
+            the stage where that is less.
+    """
+    curves: dict[int, list[tuple[float, float]]] = {}
+    for line in store.steps():
+        curves.setdefault(line["stage"], []).append((line["step"] + 1.0, line["loss_nats"]))
+    found = []
+    for stage, points in sorted(curves.items()):
+        t, loss = np.array(points, dtype=np.float64).T
+        left_out = min(DROPPED, t[-1] / 20) if first is None else first
+        kept_t, kept_loss = thinned(t, loss, first=left_out)
+        facts = (stage, int(t[-1]), len(kept_t), float(left_out))
+        try:
+            found.append(StageFit(*facts, fit(kept_t, kept_loss)))
+        except ConfigError:
+            why = f"{len(kept_t)} points are left, {FEWEST_POINTS} are wanted"
+            found.append(StageFit(*facts, None, why))
+    return found
+
+
 Linear = Callable[[Floats], tuple[Floats, Floats]]
 """(log d, log f) -> (residuals, linear parameters)."""
 
@@ -245,7 +298,7 @@ class _Problem:
 
 def _solve(columns_NP: Floats, y_N: Floats) -> tuple[Floats, Floats]:
     """Return residuals and coefficients of a least-squares problem."""
-    coefficients = np.linalg.lstsq(columns_NP, y_N, rcond=None)[0]
+    coefficients = np.linalg.lstsq(columns_NP, y_N, rcond=None)[0].astype(np.float64)
     return columns_NP @ coefficients - y_N, coefficients
 
 
@@ -269,8 +322,12 @@ def _with_intervals(found: Deceleration, problem: _Problem, best: _Minimum) -> D
     bounds_d = _crossings(of_break, math.log(found.d), 0.05, ends)
     bounds_l = _crossings(of_loss, math.log(found.loss_d_nats), 0.01)
     bounds_r = _crossings(of_rate, found.rate_d, 0.01)
-    times, losses = ((math.exp(low), math.exp(high)) for low, high in (bounds_d, bounds_l))
-    return replace(found, intervals={"t_d": times, "loss_d_nats": losses, "rate_d": bounds_r})
+    return replace(found, intervals={"t_d": _exp(*bounds_d), "loss_d_nats": _exp(*bounds_l), "rate_d": bounds_r})
+
+
+def _exp(low: float, high: float) -> tuple[float, float]:
+    """Return bounds of a value from those of its logarithm; a side without a bound stays so."""
+    return (math.exp(low) if math.isfinite(low) else low, math.exp(high) if math.isfinite(high) else high)
 
 
 def _crossings(

@@ -16,7 +16,7 @@ All losses are means over sequences of the mean over a sequence's targets, in na
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 MEMORY_BYTES = 1 << 30
 SKETCH_DIMS = 1 << 16
+PIECE = 1 << 22
+"""Numbers that are in float64 at a time."""
 HALVES = ("a", "b")
 
 
@@ -76,7 +78,7 @@ class Halves:
     def dot(self, text: Any, half: str, other: Any, other_half: str) -> float:
         """Return the product of two kept gradients, in float64."""
         pairs = zip(self.kept[text, half], self.kept[other, other_half], strict=True)
-        return sum(float(_dot(one, two)) for one, two in pairs)
+        return math.fsum(_dot(one, two) for one, two in pairs)
 
     def gram(self, texts: Sequence[Any]) -> Floats:
         """Return the unbiased products of the texts' gradients, ``[T, T]``, symmetric."""
@@ -89,7 +91,10 @@ class Halves:
 
 def _dot(one: torch.Tensor, two: torch.Tensor) -> float:
     """Return a product in float64, piece by piece."""
-    return sum(float(a.double() @ b.double()) for a, b in zip(one.split(1 << 22), two.split(1 << 22), strict=True))
+    import torch
+
+    pieces = zip(torch.split(one, PIECE), torch.split(two, PIECE), strict=True)
+    return math.fsum(float(a.double() @ b.double()) for a, b in pieces)
 
 
 def length(squared: float) -> Figure:
@@ -181,7 +186,7 @@ class Increment:
 def increment(
     before: Any,
     after: Any,
-    batches: Callable[[], Iterable[Batch]],
+    batches: Iterable[Batch],
     *,
     step: Mapping[str, torch.Tensor] | None = None,
 ) -> Increment:
@@ -190,7 +195,7 @@ def increment(
     Args:
         before: where the gradient is taken; one backward pass.
         after: two forward passes in all, one of each model.
-        batches: the text, the same every time.
+        batches: the text.
         step: parameters after less before, where it is at hand already.
     """
     import torch
@@ -200,7 +205,7 @@ def increment(
     delta = step_between(before, after) if step is None else dict(step)
     change: list[Floats] = []
     first: list[Floats] = []
-    for batch in batches():
+    for batch in batches:
         loss_B, dots_B = dot_each_sequence(before, batch.inputs_BT, batch.targets_BT, delta)
         with undisturbed(after), torch.no_grad():
             later_B = sequence_losses(after, batch.inputs_BT, batch.targets_BT)

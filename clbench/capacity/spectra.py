@@ -190,7 +190,8 @@ def alpha_req(eigenvalues_K: Floats, ranks: tuple[int, int]) -> Decay:
     slope = (w @ (dx * dy)) / (w @ dx**2)
     spread, rest = w @ dy**2, w @ (dy - slope * dx) ** 2
     flat = "all eigenvalues are equal over the ranks of the fit"
-    return Decay(Figure(float(slope)), figure(1 - rest / spread if spread > 0 else np.nan, flat), first, last)
+    r2 = float(1 - rest / spread) if spread > 0 else np.nan
+    return Decay(Figure(float(slope)), figure(r2, flat), first, last)
 
 
 def figures(moments: Moments, *, centred: bool, least_ratio: float = 4.0) -> dict[str, Figure]:

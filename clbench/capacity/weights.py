@@ -60,9 +60,11 @@ class Size:
 
 def size_of(weight: torch.Tensor, base: torch.Tensor | None = None) -> Size:
     """Return the sums over one tensor, in float64; without a base as if it had not moved from zero."""
+    import torch
+
     found = Size()
-    pieces = weight.detach().flatten().split(PIECE)
-    before = [None] * len(pieces) if base is None else base.detach().flatten().split(PIECE)
+    pieces = torch.split(weight.detach().flatten(), PIECE)
+    before = [None] * len(pieces) if base is None else torch.split(base.detach().flatten(), PIECE)
     for piece, old in zip(pieces, before, strict=True):
         w = piece.double()
         one = Size(w.numel(), float(w.abs().sum()), float(w.square().sum()))
@@ -95,7 +97,7 @@ def spectral_norm(matrix: torch.Tensor, *, seed: int = 0) -> float:
     if a.shape[0] < a.shape[1]:
         a = a.T
     width = a.shape[1]
-    rows = [a.double()] if a.numel() <= PIECE else a.split(max(1, PIECE // width))
+    rows = [a.double()] if a.numel() <= PIECE else torch.split(a, max(1, PIECE // width))
     start = seeds.generator(seed, "capacity", "lanczos", width).standard_normal(width)
     v = torch.from_numpy(start).to(a.device)
     basis = [v / v.norm()]

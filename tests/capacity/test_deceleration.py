@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from clbench.capacity.deceleration import Deceleration, fit, thinned
+from clbench.capacity.deceleration import Deceleration, fit, of_stages, thinned
+from clbench.cli_deceleration import deceleration
 from clbench.errors import ConfigError
+from clbench.results.store import RunStore, StepLine
 
 
 def planted(*, t_d: float, loss_d: float, rate: float, c0: float, f: float, t_last: float = 262144) -> Deceleration:
@@ -106,3 +110,73 @@ def test_thinning_keeps_a_tenth_of_each_decade_and_means_of_a_window() -> None:
 def test_what_cannot_be_fitted_is_refused(t: np.ndarray, loss: np.ndarray, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         fit(t, loss)
+
+
+# --- of a run
+
+
+def logged(folder: Path, curves: dict[int, Deceleration], n_steps: int = 4000) -> RunStore:
+    """A run folder with a log of every tenth step of planted curves."""
+    store = RunStore(folder)
+    for stage, truth in curves.items():
+        for done in range(10, n_steps + 1, 10):
+            store.append_steps([_line(stage, done, float(truth.loss_at(done)))])
+    return store
+
+
+def _line(stage: int, done: int, loss_nats: float) -> StepLine:
+    return StepLine(
+        stage=stage,
+        step=done - 1,
+        loss_nats=loss_nats,
+        lr=0.1,
+        grad_norm=1.0,
+        n_tokens=100 * done,
+        tokens_per_second=1.0,
+        memory_bytes=1,
+        cpu_percent=1.0,
+        time="2026-01-01T00:00:00+00:00",
+    )
+
+
+def test_every_stage_of_a_run_is_fitted_by_its_own_steps(tmp_path: Path) -> None:
+    curves = {
+        1: planted(t_d=500, loss_d=4.0, rate=0.05, c0=0.2, f=0.2),
+        2: planted(t_d=900, loss_d=4.5, rate=0.02, c0=0.15, f=0.2),
+    }
+    store = logged(tmp_path, curves)
+    found = of_stages(store)
+    assert [(one.stage, one.n_steps, one.first) for one in found] == [(1, 4000, 100), (2, 4000, 100)]
+    for one in found:
+        assert one.fit is not None
+        truth = curves[one.stage]
+        # means over [t/1.2, t] are a little above the curve and slow down later
+        assert one.fit.t_d == pytest.approx(1.1 * truth.t_d, rel=0.05)
+        assert one.fit.rate_d == pytest.approx(truth.rate_d, abs=0.01)
+        assert one.fit.loss_d_nats == pytest.approx(truth.loss_d_nats, rel=0.01)
+    (short,) = of_stages(logged(tmp_path / "short", {1: curves[1]}, n_steps=60), first=10)
+    assert short.fit is None and short.reason == "5 points are left, 8 are wanted" and short.as_dict()["figures"] == {}
+
+
+def test_the_command_shows_a_row_a_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = logged(tmp_path, {1: planted(t_d=500, loss_d=4.0, rate=0.05, c0=0.2, f=0.2)}, n_steps=2000)
+    deceleration(_as_run(store), first=None, as_json=True)
+    (fits,) = json.loads(capsys.readouterr().out).values()
+    figures = fits[0]["figures"]
+    assert figures["t_d"]["value"] == pytest.approx(550, rel=0.06)
+    assert figures["t_d_low"]["value"] < figures["t_d"]["value"] < figures["t_d_high"]["value"]
+    deceleration(_as_run(store), first=200, as_json=False)
+    shown = capsys.readouterr().out
+    assert "break at step" in shown and "2000" in shown
+    with pytest.raises(ConfigError, match="cannot be left out"):
+        deceleration([tmp_path], first=-1)
+    with pytest.raises(ConfigError, match="no run in these folders"):
+        (tmp_path / "empty").mkdir()
+        deceleration([tmp_path / "empty"])
+
+
+def _as_run(store: RunStore) -> list[Path]:
+    """Make a folder one that is found as a run."""
+    config = {"run_id": "r", "track": {}, "stages": [], "method": {"label": "m"}, "seed": 0}
+    (store.folder / "run.yaml").write_text(json.dumps(config), encoding="utf-8")
+    return [store.folder]

@@ -89,7 +89,7 @@ def batch_of(one: Batch, start: int) -> Batch:
 
 def test_the_change_is_that_of_the_loss_and_its_parts_add_up(model: Any) -> None:
     one, after = batch(1), moved(model, random_step(model), 0.02)
-    found = gradients.increment(model, after, lambda: [one])
+    found = gradients.increment(model, after, [one])
     with torch.no_grad():
         assert found.change_nats == pytest.approx((loss_of(after, one) - loss_of(model, one)).item(), rel=1e-9)
     expected = torch.autograd.grad(loss_of(model, one), [*model.parameters()])
@@ -110,7 +110,7 @@ def test_the_rest_is_half_of_the_step_times_the_hessian_times_the_step(model: An
     bend = float(sum((h * step[name]).sum() for name, h in zip(names, second, strict=True))) / 2
     errors = []
     for size in (2e-4, 1e-4):
-        found = gradients.increment(model, moved(model, step, size), lambda: [one])
+        found = gradients.increment(model, moved(model, step, size), [one])
         errors.append(abs(found.curvature_nats / size**2 - bend))
     assert errors[0] < 0.05 * abs(bend)
     assert errors[1] == pytest.approx(errors[0] / 2, rel=0.1)  # what is left is of third order
