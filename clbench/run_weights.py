@@ -68,8 +68,8 @@ def release_of(store: RunStore, stage: int, stream: Stream, device: str) -> Rele
 
 def outside_paths(store: RunStore) -> dict[int, str]:
     """Return stage -> folder or hub id of checkpoints that were trained elsewhere; empty for our own runs."""
-    components = store.config()["method"].get("components", [])
-    paths = next((one["options"]["paths"] for one in components if one.get("name") == OUTSIDE), {})
+    components: list[dict[str, Any]] = store.config()["method"].get("components", [])
+    paths: dict[str, str] = next((one["options"]["paths"] for one in components if one.get("name") == OUTSIDE), {})
     return {int(stage): str(path) for stage, path in paths.items()}
 
 

@@ -63,7 +63,7 @@ class Figures:
         if not found:
             return Value(np.array(math.nan), "no such period")
         reason = next((one.reason for one in found if one.reason), None)
-        return Value(np.mean([one.array for one in found]), reason)
+        return Value(np.array(np.mean([one.value for one in found])), reason)
 
     def gram(self, periods: Sequence[int]) -> Array:
         """Return the products of the periods' gradients, ``[T, T]``; NaN where they were not measured."""

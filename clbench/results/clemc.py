@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from clbench.errors import ConfigError
 from clbench.results import stats
-from clbench.results.matrix import Array, Documents, Matrix, finite_or_none
+from clbench.results.matrix import Array, Documents, Matrix, Unit, finite_or_none
 from clbench.results.stats import Interval
 
 NAME = "clemc_proxy"
@@ -145,7 +145,7 @@ def capacity_of(matrix: Matrix, weights: ArrayLike | None = None, *, first_colum
             "no row of this matrix has a period up to it", mend="measure the periods that were trained on"
         )
 
-    def cost(row: int, mask: Array) -> Array:
+    def cost(row: int, mask: NDArray[np.bool_]) -> Array:
         values = matrix.values[..., matrix.row_stages.index(row), :][..., mask]
         found: Array = values @ gamma[mask] / gamma[mask].sum() if mask.any() else np.full(values.shape[:-1], np.nan)
         return found
@@ -272,7 +272,7 @@ def estimate(
         first_column: see ``capacity_of``.
         n_resamples: of the bootstrap.
     """
-    unit = "nats_per_token"
+    unit: Unit = "nats_per_token"
     per_seed = {seed: one.matrix(unit, column_stages) for seed, one in documents.items()}
     found = [capacity_of(excess(matrix, reference), weights, first_column=first_column) for matrix in per_seed.values()]
     resampled = None

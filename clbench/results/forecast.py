@@ -470,7 +470,8 @@ def forecasts(
     for method, pairs in by_method.items():
         for metric, name in TARGETS.items():
             values = [(METRICS[metric].compute(matrix_of(store), None).value, one) for store, one in pairs]
-            observations = [replace(one, value=value) for value, one in values if math.isfinite(value)]
+            finite = (replace(one, value=value) for value, one in values if math.isfinite(value))
+            observations = sorted(finite, key=lambda one: (one.n_parameters, one.n_tokens))
             found.append(_forecast(method, metric, name, observations, at, n_parameters, n_hidden))
     return found, left_out
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats as scipy_stats
 
 from clbench.results.matrix import Array, Matrix, finite_or_none
@@ -112,7 +112,7 @@ class _Table:
     names: list[str]
     values: Array
     target: Array
-    track: Array
+    track: NDArray[np.int64]
     n_runs: int
 
     def rho(self, values: Array, target: Array) -> Array:

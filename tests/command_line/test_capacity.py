@@ -173,3 +173,14 @@ def test_a_mistake_is_one_line(runs: Path, tmp_path: Path, arguments: tuple[str,
     told = clbench(*(places.get(word, word) for word in arguments))
     assert says in told.error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_made_elsewhere_are_measured_where_they_lie(runs: Path, tiny: Path, tmp_path: Path) -> None:
+    release = runs / "tiny" / "sequential" / "seed-0" / "release"
+    pairs = [f"1={release / 'stage-01'}", f"3={release / 'stage-03'}"]
+    made = clbench("evaluate", *pairs, "-t", tiny, "--out", tmp_path / "mine" / "seed-0", "--device", "cpu")
+    assert made.code == 0, made.err
+    (one,) = found(clbench("capacity", tmp_path / "mine", "--device", "cpu", "--mlflow", "none", "--json"))
+    assert one["figures"]["norm"]["3"]["value"] > 0
+    assert one["figures"]["drift"]["3"]["reason"] == "the checkpoint has no base to compare with"
+    assert set(one["clemc"]["per_stage"]["weight_driven"]) == {"3"}
