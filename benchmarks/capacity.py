@@ -1,13 +1,15 @@
 """What suite ``capacity`` costs: its parts against one held-out evaluation of the same checkpoint.
 
     python -m benchmarks.capacity                                   codedocs-nano, CPU, one thread
-    python -m benchmarks.capacity --track domain-smollm2 --repeats 2     a real pretrained model
+    python -m benchmarks.capacity --track domain-smollm2 --cold     a real pretrained model, once
     python -m benchmarks.capacity --clock cpu                       processor seconds: for a machine that is not idle
 
 One process. The checkpoint is the track's base with noise, its base is the base, its previous one has other noise: both
 have to be loaded and run, as in the middle of a run. Blocks alternate, heldout capacity heldout … heldout; each of
 capacity is divided by the mean of the two of heldout around it. A first round, which also reads the text, is for
 warming up. Medians of these ratios with a distribution-free 95 % interval (six pairs at least).
+
+--cold measures everything once, in this order, text reading included: for a large model on a small machine.
 
 activations and weights are what the suite does when nothing is asked for, and their sum is judged: at most 1. gradients
 is the optional part; it is shown beside them and not judged.
@@ -41,6 +43,8 @@ from clbench.train.parallel import describe
 LIMIT = 1.0
 """Held-out evaluations that the suite may cost, the optional part left out."""
 DEFAULT = ("activations", "weights")
+Measured = tuple[dict[str, list[float]], dict[str, list[float]]]
+"""Ratios and seconds by part."""
 
 
 def noisy(model: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -83,7 +87,7 @@ def timed(run: Callable[[], object], clock: str) -> float:
 
 def alternate(
     heldout: Callable[[], float], parts: Mapping[str, Callable[[], float]], repeats: int, say: Callable[[str], None]
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+) -> Measured:
     """Return ratio by round and seconds by round of every part, and of their default sum."""
     ratios: dict[str, list[float]] = {name: [] for name in (*parts, "default")}
     seconds: dict[str, list[float]] = {name: [] for name in (*parts, "heldout")}
@@ -103,6 +107,14 @@ def alternate(
     return ratios, seconds
 
 
+def once(heldout: Callable[[], float], parts: Mapping[str, Callable[[], float]]) -> Measured:
+    """Return the same from one measurement each."""
+    seconds = {"heldout": heldout()} | {name: part() for name, part in parts.items()}
+    shares = {name: value / seconds["heldout"] for name, value in seconds.items() if name != "heldout"}
+    shares["default"] = sum(shares[name] for name in DEFAULT)
+    return {name: [value] for name, value in shares.items()}, {name: [value] for name, value in seconds.items()}
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure everything."""
 
@@ -118,12 +130,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     def part(shard: str) -> Callable[[], float]:
         return lambda: timed(lambda: capacity.measure_shard(checkpoint, shard), arguments.clock)
 
-    ratios, seconds = alternate(
-        lambda: timed(lambda: heldout.measure(checkpoint), arguments.clock),
-        {shard: part(shard) for shard in capacity.shards()},
-        arguments.repeats,
-        say,
-    )
+    def whole() -> float:
+        return timed(lambda: heldout.measure(checkpoint), arguments.clock)
+
+    parts = {shard: part(shard) for shard in capacity.shards()}
+    ratios, seconds = once(whole, parts) if arguments.cold else alternate(whole, parts, arguments.repeats, say)
     summaries = {name: (statistics.median(values), *median_interval(values)) for name, values in ratios.items()}
     flops = {shard: capacity.shard_flops(checkpoint, shard) for shard in capacity.shards()}
     return {
@@ -137,7 +148,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "n_parameters": n_parameters(checkpoint.model),
             "threads": arguments.threads,
             "clock": arguments.clock,
-            "n_pairs": arguments.repeats,
+            "n_pairs": 0 if arguments.cold else arguments.repeats,
             "heldout_flops": heldout.flops(checkpoint),
             "capacity_flops": flops,
         },
@@ -155,6 +166,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=6, help="pairs")
     parser.add_argument("--no-gradients", dest="gradients", action="store_false", help="leave the optional part out")
+    parser.add_argument("--cold", action="store_true", help="measure once, without pairs and warming up")
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(words)

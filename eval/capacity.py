@@ -265,13 +265,14 @@ class Capacity(Suite):
         with _opened(checkpoint.previous, checkpoint, NO_PREVIOUS) as (before, why):
             step = None if before is None else gradients.step_between(before, checkpoint.model)
             for stage in probe.stages:
-                if before is None or step is None:
-                    table.add_increment(stage, why)
-                    continue
                 rows = [probe.halves[stage, half] for half in gradients.HALVES]
-                chosen = [batch for half in rows for batch in _gradient_batches(half, size, checkpoint.device)]
+                n = sum(len(one.tokens) for one in rows)
+                if before is None or step is None:
+                    table.add_increment(stage, why or NO_PREVIOUS, n)
+                    continue
+                chosen = [batch for one in rows for batch in _gradient_batches(one, size, checkpoint.device)]
                 with undisturbed(checkpoint.model, checkpoint.device):
-                    table.add_increment(stage, gradients.increment(before, checkpoint.model, chosen, step=step))
+                    table.add_increment(stage, gradients.increment(before, checkpoint.model, chosen, step=step), n)
 
 
 # --- text
@@ -658,7 +659,7 @@ class _Table:
             self.add_all(name, stage, shift, n, "base")
         for name, activity in one.activity.items():
             self.add_all(name, stage, units.figures([activity]), activity.n, "units")
-        n = next((activity.n for activity in one.activity.values()), 0)
+        n = max((activity.n for activity in one.activity.values()), default=1)
         self.add_all("all blocks", stage, units.figures(list(one.activity.values())), n, "units")
 
     def add_changes(
@@ -694,10 +695,10 @@ class _Table:
         figures = {"embedding_gradient_norm": Figure(float(lengths.mean())), "half_gradient_norm": Figure(norm)}
         self.add_all(f"half {half}", stage, figures, len(lengths), "gradients")
 
-    def add_increment(self, stage: int, found: gradients.Increment | Figure | None) -> None:
+    def add_increment(self, stage: int, found: gradients.Increment | Figure, n: int) -> None:
         """Add the change of one period's loss since the previous checkpoint, in its parts."""
         if isinstance(found, gradients.Increment):
-            rest_B, n = found.change_B - found.first_order_B, len(found.change_B)
+            rest_B = found.change_B - found.first_order_B
             figures = {
                 "loss_change_nats": Figure(found.change_nats),
                 "first_order_nats": Figure(found.first_order_nats),
@@ -706,7 +707,7 @@ class _Table:
                 "curvature_se_nats": _standard_error(rest_B),
             }
         else:
-            figures, n = dict.fromkeys(INCREMENTS, found or NO_PREVIOUS), 0
+            figures = dict.fromkeys(INCREMENTS, found)
         self.add_all("previous", stage, figures, n, "gradients")
 
     def rows(self) -> Rows:
