@@ -309,6 +309,19 @@ def test_batch_size_moves_values_by_rounding_only(stream: Stream, model: Any, ot
         np.testing.assert_allclose(one.value, found[0].value, atol=2e-4, rtol=2e-4)
 
 
+def test_comparing_leaves_the_model_as_it_was(stream: Stream, other: Any) -> None:
+    mine = llama(stream).train()
+    mine.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    before = {name: (p.detach().clone(), p.requires_grad) for name, p in mine.named_parameters()}
+    state, hooks = torch.get_rng_state(), [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in mine.modules()]
+    suite = Capacity(stream, replace(OPTIONS, gradients=True, gradient_rows=4))
+    suite.measure(checkpoint_of(mine, base=reference_of(other), previous=reference_of(other)))
+    assert torch.equal(torch.get_rng_state(), state) and all(m.training for m in mine.modules())
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in mine.modules()] == hooks
+    for name, p in mine.named_parameters():
+        assert torch.equal(p, before[name][0]) and p.requires_grad == before[name][1] and p.grad is None
+
+
 def test_parts_are_measured_apart_and_joined(stream: Stream, model: Any) -> None:
     suite = Capacity(stream, OPTIONS)
     checkpoint = checkpoint_of(model)
