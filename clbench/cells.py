@@ -8,7 +8,7 @@ Whoever measures one holds its lock: other processes wait, then find it made. ``
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +42,14 @@ class Cell:
 
 def address_of(suite: Suite, checkpoint: Checkpoint, shard: str = WHOLE) -> str:
     """Return the address of a measurement: everything that its values depend on."""
+    others = {"base": checkpoint.base, "previous": checkpoint.previous}
     return address(
         suite,
         weights_sha256=checkpoint.weights_sha256,
         tokenizer_sha256=checkpoint.tokenizer_sha256,
         autocast_dtype=checkpoint.autocast_dtype,
         shard=shard,
+        others={name: other.weights_sha256 for name, other in others.items() if other is not None},
     )
 
 
@@ -58,9 +60,13 @@ def address(
     tokenizer_sha256: str,
     autocast_dtype: torch.dtype | None = None,
     shard: str = WHOLE,
+    others: Mapping[str, str] | None = None,
 ) -> str:
-    """Return the address of a measurement of a model that need not be loaded."""
-    parts = {
+    """Return the address of a measurement of a model that need not be loaded.
+
+    ``others`` are the digests of ``base`` and ``previous``, which count where the suite compares.
+    """
+    parts: dict[str, Any] = {
         "format": FORMAT,
         "weights": weights_sha256,
         "tokenizer": tokenizer_sha256,
@@ -69,6 +75,8 @@ def address(
         "data": suite.shard_sha256(shard),
         **({"shard": shard} if shard != WHOLE else {}),
     }
+    if suite.compares:
+        parts |= others or {}
     return digest_of(parts)
 
 

@@ -17,6 +17,8 @@ import typer
 
 from clbench import __version__
 from clbench.cli_arms import arms
+from clbench.cli_capacity import COMMANDS as CAPACITY_COMMANDS
+from clbench.cli_deceleration import deceleration
 from clbench.cli_facts import facts
 from clbench.cli_fisher import fisher
 from clbench.cli_health import health
@@ -44,8 +46,10 @@ app = typer.Typer(
 )
 leaderboard_app = typer.Typer(help="Build the leaderboard page, pack and verify submissions.", no_args_is_help=True)
 mlflow_app = typer.Typer(help="Rebuild what MLflow shows from run folders.", no_args_is_help=True)
-for results_command in (slices, facts, temporal, arms, ledger, fisher, merge, health):
+for results_command in (slices, facts, temporal, arms, ledger, fisher, merge, health, deceleration):
     app.command()(results_command)
+for capacity_command in CAPACITY_COMMANDS:
+    app.command()(capacity_command)
 app.add_typer(stream_app, name="stream")
 app.add_typer(leaderboard_app, name="leaderboard")
 app.add_typer(mlflow_app, name="mlflow")

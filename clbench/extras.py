@@ -144,15 +144,27 @@ def subject_of(store: RunStore, stage: int) -> Subject:
     Raises:
         NotFoundError: it is not kept.
     """
-    digest = store.stage_record(stage)["weights_sha256"]
+    path = _weights_after(store, stage)
+    if not path:
+        mend = "run `clbench prepare` where the run was made" if stage == BASE else "run the command in run.yaml again"
+        raise NotFoundError("its weights are not kept", where=label_of(store, stage), mend=mend)
+    done = store.stages_done()
+    return Subject(
+        label=label_of(store, stage),
+        path=path,
+        weights_sha256=store.stage_record(stage)["weights_sha256"],
+        base=_weights_after(store, BASE) if BASE in done else "",
+        previous=_weights_after(store, stage - 1) if stage - 1 in done else "",
+    )
+
+
+def _weights_after(store: RunStore, stage: int) -> str:
+    """Return where the weights of a row lie, empty where they are not kept."""
     folder = store.folder / "release" / f"stage-{stage:02d}"
     path: Path | str | None = folder if folder.is_dir() else _outside(store.config(), stage)
     if path is None and stage == BASE:
-        path = base_with(digest)
-    if path is None:
-        mend = "run `clbench prepare` where the run was made" if stage == BASE else "run the command in run.yaml again"
-        raise NotFoundError("its weights are not kept", where=label_of(store, stage), mend=mend)
-    return Subject(label=label_of(store, stage), path=str(path), weights_sha256=digest)
+        path = base_with(store.stage_record(stage)["weights_sha256"])
+    return "" if path is None else str(path)
 
 
 def _outside(config: Mapping[str, Any], stage: int) -> str | None:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from clbench import cells, console, registry
 from clbench.cells import Cell
 from clbench.errors import BusyError, ClbenchError, ConfigError, IntegrityError
 from clbench.files import sha256_file
-from clbench.suite import Checkpoint, Suite
+from clbench.suite import Checkpoint, Reference, Suite
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,10 @@ class Subject:
     """A folder or a hub id."""
     weights_sha256: str = ""
     """What it has to be; empty where nobody knows yet."""
+    base: str = ""
+    """Where the weights lie that the run began with, for suites that compare; empty: not at hand."""
+    previous: str = ""
+    """The same of what was released a stage earlier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +175,7 @@ class Bench:
         self._suites: dict[Request, Suite] = {}
         self._held: tuple[str, torch.nn.Module, str] | None = None
         self._tokenizers: dict[str, tuple[Any, str]] = {}
+        self._digests: dict[str, str] = {}
 
     def suite(self, request: Request) -> Suite:
         """Return a suite, made once: it keeps what it read."""
@@ -197,10 +202,22 @@ class Bench:
         if not subject.weights_sha256:
             return None
         suite = self.suite(request)
+        if suite.compares:  # what it is compared with has to be loaded to know its digest
+            return None
         digest = self.tokenizer(suite, subject.path)[1]
         return cells.stored(
             cells.address(suite, weights_sha256=subject.weights_sha256, tokenizer_sha256=digest, shard=shard)
         )
+
+    def reference(self, suite: Suite, path: str) -> Reference | None:
+        """Return other weights for a suite that compares; None where it does not, or where there are none."""
+        from clbench.train.models import load_model, weights_sha256
+
+        if not (suite.compares and path):
+            return None
+        if path not in self._digests:
+            self._digests[path] = weights_sha256(load_model(path))
+        return Reference(weights_sha256=self._digests[path], load=partial(load_model, path))
 
     def measure(self, subject: Subject, request: Request, shard: str, *, wait: bool) -> tuple[Cell, str]:
         """Return (cell, digest of the weights), from the cache or measured now.
@@ -230,6 +247,8 @@ class Bench:
             autocast_dtype=None,
             tokenizer=tokenizer,
             tokenizer_sha256=tokenizer_sha256,
+            base=self.reference(suite, subject.base),
+            previous=self.reference(suite, subject.previous),
         )
         return cells.measure_shard(suite, checkpoint, shard, wait=wait), digest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from clbench.recorder import Recorder, check_same_weights, conclude, write_row
 from clbench.results.store import RunStore, utc_now
 from clbench.run import Place, reporting_failure, resolve, start
 from clbench.stream import Stream
+from clbench.suite import Reference
 from clbench.track import Track
 from clbench.train.ledger import Ledger
 from clbench.train.models import check_checkpoint, load_model, load_tokenizer, n_parameters, weights_sha256
@@ -102,12 +104,15 @@ def _one_by_one(
     tokenizers: Mapping[int, tuple[Any, str]],
 ) -> None:
     """Measure in this process; the first failure stops it."""
+    others: dict[int, Reference] = {}
     for stage, path in sorted(checkpoints.items()):
         console.say(f"stage {stage}: {path}")
         model = (loaded.pop(stage) if stage in loaded else load_model(path)).to(hardware.device).eval()
         suites = [registry.make_suite(spec, stream) for spec in track.suites]
-        recorder = Recorder(store, suites, model, stream, hardware, place.sinks)
+        recorder = Recorder(store, suites, model, stream, hardware, place.sinks, others)
         recorder.record_outside(stage, *tokenizers[stage])
+        digest = store.stage_record(stage)["weights_sha256"]
+        others[stage] = Reference(weights_sha256=digest, load=partial(load_model, path))
         del model, recorder  # before the next is loaded: one model in memory at a time
 
 
@@ -128,7 +133,16 @@ def _spread(
     )
     stages = sorted(checkpoints)
     jobs = [
-        Job(subject=Subject(label=f"stage {stage}", path=checkpoints[stage]), requests=requests) for stage in stages
+        Job(
+            subject=Subject(
+                label=f"stage {stage}",
+                path=checkpoints[stage],
+                base=checkpoints.get(0, ""),
+                previous=checkpoints.get(stage - 1, ""),
+            ),
+            requests=requests,
+        )
+        for stage in stages
     ]
     outcome = fanout.measure(jobs, n_jobs=n_jobs, devices=devices or [str(hardware.device)])
     names = [registry.suite_class(spec)[0].name for spec in track.suites]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from clbench.errors import ConfigError, IntegrityError, NotFoundError
 from clbench.method import Stage, Weights
 from clbench.results.store import RunStore, StageRecord, utc_now
 from clbench.stream import Stream
-from clbench.suite import Checkpoint, Suite
+from clbench.suite import Checkpoint, Reference, Suite
 from clbench.train.ledger import Ledger
 from clbench.train.models import holding, load_model, load_tokenizer, save_model, weights_of, weights_sha256
 from clbench.train.parallel import Hardware
@@ -37,6 +38,8 @@ class Recorder:
     stream: Stream
     hardware: Hardware
     sinks: tuple[Sink, ...] = ()
+    others: dict[int, Reference] = field(default_factory=dict)
+    """Weights of stages that are not in the run folder, 0 the base, for suites that compare."""
     _tokenizer: tuple[Any, str] | None = field(default=None, init=False, repr=False)
 
     def finish_stage(self, stage: Stage, released: Weights, n_steps: int, ledger: Ledger) -> None:
@@ -84,6 +87,17 @@ class Recorder:
     def _release_folder(self, stage: int) -> Path:
         return self.store.folder / "release" / f"stage-{stage:02d}"
 
+    def _weights_after(self, stage: int) -> Reference | None:
+        """Return the release weights of a stage, where they were measured and are still kept."""
+        if stage in self.others:
+            return self.others[stage]
+        folder = self._release_folder(stage)
+        if stage not in self.store.stages_done() or not folder.is_dir():
+            return None
+        return Reference(
+            weights_sha256=self.store.stage_record(stage)["weights_sha256"], load=partial(load_model, folder)
+        )
+
     def record(
         self,
         stage: int,
@@ -107,6 +121,8 @@ class Recorder:
                     autocast_dtype=None,
                     tokenizer=own[0],
                     tokenizer_sha256=own[1],
+                    base=self._weights_after(0),
+                    previous=self._weights_after(stage - 1),
                 )
                 found[suite.name] = cells.measure(suite, checkpoint)
             write_row(self.store, stage, digest, found, n_steps)

@@ -26,6 +26,7 @@ from clbench.registry import Component, label_of
 from clbench.results.matrix import from_rows
 from clbench.results.store import RunStore, utc_now
 from clbench.stream import Stream
+from clbench.suite import Reference
 from clbench.track import RunConfig, Track, run_id_of
 from clbench.train.ledger import Ledger
 from clbench.train.loop import Job, train
@@ -130,7 +131,8 @@ def _train_and_measure(
     model = base.load().to(hardware.device)
     suites = [registry.make_suite(name, stream) for name in track.suites]
     title = f"{track.name} · {store.config()['method']['label']} · seed {seed}"
-    recorder = Recorder(store, suites, model, stream, hardware, place.sinks)
+    others = {0: Reference(weights_sha256=base.weights_sha256, load=base.load)}
+    recorder = Recorder(store, suites, model, stream, hardware, place.sinks, others)
     stages = plan_stages(track, stream, seed)
     bill = Ledger.from_dict(store.ledger()) if store.ledger() else Ledger()
     recorder.mend_rows(bill)

@@ -11,7 +11,7 @@ cell of its own, so parts are measured apart, in other processes, and never twic
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,16 @@ UNDATED = -1
 """``stage`` of an item that belongs to no period of a stream."""
 WHOLE = ""
 """The only shard of a suite that has no parts."""
+UNDEFINED = "undefined: "
+"""What ``change`` begins with in a row whose value is NaN; the reason follows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Other weights of the same kind, for suites that compare; loaded, on the CPU, only by those that do."""
+
+    weights_sha256: str
+    load: Callable[[], torch.nn.Module]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +46,7 @@ class Checkpoint:
     """What a suite measures: a causal language model with its tokenizer.
 
     ``weights_sha256`` addresses its cells. ``tokenizer`` is None when the model reads the stream's own token ids.
+    ``base`` is what the run began with and ``previous`` what it released a stage earlier, where they are at hand.
     """
 
     model: torch.nn.Module
@@ -44,6 +55,8 @@ class Checkpoint:
     autocast_dtype: torch.dtype | None
     tokenizer: Any = None
     tokenizer_sha256: str = ""
+    base: Reference | None = None
+    previous: Reference | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +65,8 @@ class Rows:
 
     ``item`` names the document, ``stage`` is the period it belongs to (``UNDATED``: none), ``metric`` says what
     ``value`` is (``nll_nats``: summed negative log-likelihood), ``n_tokens`` and ``n_bytes`` are what it is divided by
-    (1 where it is a score of one question), ``group`` is the slice it counts in: a package, a task.
+    (1 where it is a score of one question), ``group`` is the slice it counts in: a package, a task. A value that is not
+    defined is NaN, and its ``change`` says why after ``UNDEFINED``.
     """
 
     item: list[str]
@@ -92,6 +106,8 @@ class Suite(ABC):
     """A small stream to try it on, for a suite that needs extra files of its stream and cannot measure any other."""
     needs_stream: bool = True
     """False: it measures any checkpoint that has a tokenizer, also where there is no stream."""
+    compares: bool = False
+    """True: what it measures also depends on the checkpoint's ``base`` and ``previous``, which its cells then name."""
 
     def __init__(self, stream: Stream | None = None, options: Any = None) -> None:
         if stream is None and self.needs_stream:

@@ -41,6 +41,7 @@ import numpy as np
 
 from clbench.errors import BusyError, ClbenchError, ConfigError, IntegrityError, NotFoundError, did_you_mean
 from clbench.files import canonical_json, digest_of, read_json, sha256_bytes, sha256_file
+from clbench.results import capacity, clemc
 from clbench.results.matrix import Matrix, Unit, documents_of
 from clbench.results.metrics import backward, forward, in_distribution
 from clbench.results.store import RunStore, StageRecord, StepLine
@@ -70,6 +71,9 @@ NOTE = """One run per method and seed; unfold it for one child run per stage.
   evaluation noise, not seed noise) and `cost/…` appear when the run is done.
 - `acc/<task>`, step = stage, is the score of a task of any suite that has scores, also of suites measured later
   (`clbench evaluate RUN --suite NAME`); higher is better.
+- `capacity/clemc_proxy_…`: forgetting cost J above the best of the run and its split, step = stage; `capacity/…`, when
+  `clbench capacity` or the track measured it: see docs/capacity.md. `probe/<text>/lost_…`, when `clbench probe` did:
+  mean loss on the way less the base's, positive where the checkpoint learns worse.
 - `fisher/<block>/<figure>`, step = stage, when `clbench fisher` measured the run: see docs/fisher.md.
 - `…/undefined` = 1 marks a figure that is not defined or not finite there.
 - Artifacts: the matrix as pictures and CSV, the configuration, the bill, and the report when it was made.
@@ -266,6 +270,9 @@ def _parent(folder: _Folder, name: str, matrices: Mapping[Unit, Matrix]) -> Logg
         undefined = [score for score in scores.values() if not math.isfinite(score.value)]
         tags |= {f"clbench.undefined.{metric_name(s.name)}": str(s.reason) for s in undefined}
     points += fisher_points(folder.store, finished) + task_points(folder.store, finished)
+    if folder.state == "done":  # the best of the run is known only now
+        points += capacity_points(folder.store, matrices["nats_per_token"], finished)
+        points += probe_points(folder.store, finished)
     return LoggedRun(
         key="parent",
         name=name,
@@ -396,6 +403,54 @@ def task_points(store: RunStore, finished: Mapping[int, int]) -> list[Point]:
         for name, task in found.items():
             points.append(finite_point(f"acc/{metric_name(name)}", task.score, stage, finished[stage]))
     return points
+
+
+def capacity_points(store: RunStore, matrix: Matrix, finished: Mapping[int, int]) -> list[Point]:
+    """Return the forgetting cost of every stage and its split, and the figures of the suite ``capacity`` that are kept.
+
+    Figures that are not defined are left out.
+    """
+    points: list[Point] = []
+    rows = [k for k in matrix.row_stages if k in finished and np.all(np.isfinite(matrix.at(k, k)))]
+    if rows:
+        found = clemc.capacity_of(clemc.excess(matrix, clemc.choose_reference(None)))
+        for name, get in clemc.PER_STAGE.items():
+            places = found.stages[1:] if name in clemc.STEPS else found.stages
+            for row, value in zip(places, get(found).tolist(), strict=True):
+                if row in finished and math.isfinite(value):
+                    points.append(Point(f"capacity/{clemc.NAME}_{name}", value, row, finished[row]))
+    for row, figures in capacity.kept_headlines(store).items():
+        for name, value in figures.items():
+            if row in finished and value is not None:
+                points.append(finite_point(f"capacity/{metric_name(name)}", float(value), row, finished[row]))
+    return points
+
+
+def probe_points(store: RunStore, finished: Mapping[int, int]) -> list[Point]:
+    """Return what ``clbench probe`` wrote into the run folder: loss of plasticity by text and rate."""
+    path, points = store.folder / "probe.json", dict[tuple[int, str], Point]()
+    if not path.is_file():
+        return []
+    try:
+        for report in read_json(path)["reports"]:
+            text = metric_name(str(report["about"]["options"]["on"]))[:100]
+            for name, model in report["models"].items():
+                kind, _, number = name.partition(" ")
+                if kind != "stage" or int(number) not in finished or "against_base" not in model:
+                    continue
+                lost = model["against_base"]
+                values = {"best_rate": lost["at_best"], **{f"rate_{k}": one for k, one in lost["by_rate"].items()}}
+                for rate, one in values.items():
+                    if one["value"] is not None:
+                        key, row = f"probe/{text}/lost_{metric_name(rate)}", int(number)
+                        points[row, key] = finite_point(key, float(one["value"]), row, finished[row])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise IntegrityError(
+            f"the probe reports lack a field or have a wrong one: {error}",
+            where=path,
+            mend="delete it and run `clbench probe` again",
+        ) from None
+    return list(points.values())
 
 
 def period_names(stages: Iterable[Mapping[str, Any]]) -> dict[int, str]:

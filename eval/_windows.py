@@ -118,12 +118,12 @@ def window_nats(
 
     def score(indices: IntArray) -> NDArray[np.float64]:
         with torch.inference_mode(), precision(checkpoint):  # both are settings of a thread
-            batch = _pad(windows, indices, device)
-            return _score(checkpoint.model, batch, fast=fast).double().cpu().numpy()
+            batch = pad_windows(windows, indices, device)
+            return token_nats(checkpoint.model, batch, fast=fast).double().cpu().numpy()
 
     try:
         with torch.inference_mode(), precision(checkpoint):
-            fast = bool(windows.tokens) and head_is_all(checkpoint.model, _probe(windows, device))
+            fast = bool(windows.tokens) and head_is_all(checkpoint.model, short_input(windows, device))
         if not fast:  # whole logits [W, T, V] then exist: keep them below a quarter of a gigabyte
             size = min(size, max(1, 2**26 // vocabulary_size(checkpoint.model)))
         todo = batches(windows.n_input, size)
@@ -142,7 +142,7 @@ def window_nats(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Batch:
+class WindowBatch:
     """Right-padded inputs ``[W, T]``; place in ``W * T`` and target of every scored position, ``[P]``."""
 
     input_WT: torch.Tensor
@@ -150,7 +150,7 @@ class _Batch:
     target_P: torch.Tensor
 
 
-def _pad(windows: Windows, indices: IntArray, device: torch.device) -> _Batch:
+def pad_windows(windows: Windows, indices: IntArray, device: torch.device) -> WindowBatch:
     """Lay windows out in one batch, scored positions in the order of the windows.
 
     Causal attention never looks right, so padding needs no mask; without one the attention kernels keep their
@@ -166,14 +166,14 @@ def _pad(windows: Windows, indices: IntArray, device: torch.device) -> _Batch:
         input_WT[row, :n] = tokens[:n]
         places.append(np.arange(row * n_positions + n - k, row * n_positions + n, dtype=np.int64))
         targets.append(tokens[n + 1 - k :].astype(np.int64))
-    return _Batch(
+    return WindowBatch(
         input_WT=torch.from_numpy(input_WT).to(device),
         place_P=torch.from_numpy(np.concatenate(places)).to(device),
         target_P=torch.from_numpy(np.concatenate(targets)).to(device),
     )
 
 
-def _score(model: Any, batch: _Batch, *, fast: bool) -> torch.Tensor:
+def token_nats(model: Any, batch: WindowBatch, *, fast: bool) -> torch.Tensor:
     """Return the negative log-likelihood of every scored position in nats, float32 ``[P]``.
 
     Fast: hidden states of scored positions only, the head in chunks. Otherwise the model's own logits.
@@ -194,7 +194,7 @@ def _score(model: Any, batch: _Batch, *, fast: bool) -> torch.Tensor:
     return torch.cat(nll)
 
 
-def _probe(windows: Windows, device: torch.device, n_positions: int = 16) -> torch.Tensor:
+def short_input(windows: Windows, device: torch.device, n_positions: int = 16) -> torch.Tensor:
     """Return the first positions of one window, ``[1, T]``, to try a model with."""
     import torch
 

@@ -61,8 +61,8 @@ class Heldout(Suite):
             value = getattr(self.options, field)
             if value is not None and value < 1:
                 raise ConfigError(f"{field} must be at least 1, not {value}", where="suite heldout")
-        self._corpus: tuple[Any, _Corpus] | None = None
-        self._windows: tuple[_Corpus, int, Windows] | None = None
+        self._corpus: tuple[Any, Corpus] | None = None
+        self._windows: tuple[Corpus, int, Windows] | None = None
 
     def sha256(self) -> str:
         """Return the digest of name, version and ``max_length``.
@@ -102,11 +102,11 @@ class Heldout(Suite):
             for length, count in zip(lengths, counts, strict=True)
         )
 
-    def _prepare(self, checkpoint: Checkpoint) -> tuple[_Corpus, Windows]:
+    def _prepare(self, checkpoint: Checkpoint) -> tuple[Corpus, Windows]:
         """Return documents and windows; they are kept, as T+1 checkpoints are measured on the same ones."""
         max_length = resolve_max_length(checkpoint.model, self.options.max_length, where="suite heldout")
         if self._corpus is None or self._corpus[0] is not checkpoint.tokenizer:
-            self._corpus = (checkpoint.tokenizer, _read_corpus(self.stream, checkpoint.tokenizer))
+            self._corpus = (checkpoint.tokenizer, read_corpus(self.stream, checkpoint.tokenizer))
         corpus = self._corpus[1]
         _check_vocabulary(checkpoint.model, corpus)
         if self._windows is None or self._windows[0] is not corpus or self._windows[1] != max_length:
@@ -119,7 +119,7 @@ class Heldout(Suite):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Corpus:
+class Corpus:
     """All held-out documents: one entry a document in each column; ``tokens`` without the prefix."""
 
     item: list[str]
@@ -142,7 +142,7 @@ class _Corpus:
 # --- documents and windows
 
 
-def _read_corpus(stream: Stream, tokenizer: Any) -> _Corpus:
+def read_corpus(stream: Stream, tokenizer: Any) -> Corpus:
     """Read all held-out documents, as the stream's own tokens or encoded by a foreign tokenizer."""
     item: list[str] = []
     stages: list[int] = []
@@ -173,7 +173,7 @@ def _read_corpus(stream: Stream, tokenizer: Any) -> _Corpus:
         change += table["change"]
         n_bytes += table["n_bytes"]
         tokens += found
-    return _Corpus(
+    return Corpus(
         item=item,
         stage=np.array(stages, dtype=np.int64),
         group=group,
@@ -202,7 +202,7 @@ def _own_tokens(stream: Stream, stage: int) -> list[NDArray[np.int32]]:
 # --- checks
 
 
-def _check_vocabulary(model: Any, corpus: _Corpus) -> None:
+def _check_vocabulary(model: Any, corpus: Corpus) -> None:
     """Refuse token ids that the model has no embedding for."""
     highest = max([corpus.prefix_id, *(int(ids.max()) for ids in corpus.tokens)])
     if highest >= vocabulary_size(model):
@@ -213,7 +213,7 @@ def _check_vocabulary(model: Any, corpus: _Corpus) -> None:
         )
 
 
-def _check_finite(value: NDArray[np.float64], corpus: _Corpus) -> None:
+def _check_finite(value: NDArray[np.float64], corpus: Corpus) -> None:
     """Refuse NaN and infinite losses: no aggregate over them means anything."""
     bad = np.flatnonzero(~np.isfinite(value))
     if len(bad):

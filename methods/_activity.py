@@ -5,18 +5,15 @@ Shapes: B rows, T positions, F units of a feed-forward layer.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from clbench.capacity.units import active, output_layers
 from clbench.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-
-OUTPUTS = re.compile(r"(.*\.)?(mlp\.(down_proj|dense_4h_to_h|c_proj|fc2)|(?<!mlp\.)fc2)")
-"""Last matrices of feed-forward layers (Llama and its kin, GPT-NeoX, GPT-2, OPT): their inputs are the hidden units."""
 
 
 class ActiveUnits:
@@ -44,7 +41,7 @@ class ActiveUnits:
         Raises:
             ConfigError: no feed-forward layer is found.
         """
-        layers = [layer for name, layer in module.named_modules() if OUTPUTS.fullmatch(name)]
+        layers = [*output_layers(module).values()]
         if not layers:
             raise ConfigError(
                 "no feed-forward layer that active units could be counted in",
@@ -66,7 +63,7 @@ class ActiveUnits:
 
     def _count(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
         size_BTF = args[0].detach().float().abs()
-        active_BTF = size_BTF > self.tau * size_BTF.mean(-1, keepdim=True)
+        active_BTF = active(size_BTF, self.tau)
         assert self._mask_BT is not None
         self.n_active += int(active_BTF[self._mask_BT].sum())
         self.n_units += int(self._mask_BT.sum()) * size_BTF.shape[-1]

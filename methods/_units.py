@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from clbench.capacity.units import OUTPUTS
 from clbench.errors import ConfigError
 from clbench.method import Context
-from clbench.methods._activity import OUTPUTS
 from clbench.methods._fresh import redrawn
 
 if TYPE_CHECKING:

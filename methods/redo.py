@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from clbench.capacity.units import dormant
 from clbench.method import Context, Method, Need, Weights
 from clbench.methods import _averages as averages
 from clbench.methods import _pull as pulls
 from clbench.methods import _units
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Redo(Method):
@@ -64,8 +62,3 @@ class Redo(Method):
     def load_state_dict(self, tensors: Weights, values: dict[str, Any]) -> None:
         """Take it back."""
         self.n_replaced = values["n_replaced"]
-
-
-def dormant(size_F: torch.Tensor, tau: float) -> torch.Tensor:
-    """Return the places of the units with at most ``tau`` times the layer's mean size."""
-    return (size_F <= tau * size_F.mean()).nonzero().flatten()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -27,7 +28,7 @@ from clbench.contract.watch import Watched
 from clbench.method import Batch, Context, Cosine, Method, Need, Stage, StagePlan, Weights
 from clbench.stream import Document, StageInfo, StreamSource
 from clbench.streams.tinydocs import Tinydocs
-from clbench.suite import Checkpoint, Rows, Suite
+from clbench.suite import UNDEFINED, Checkpoint, Rows, Suite
 
 PICKLED_ONE = b"\x80\x04K\x01."
 """The number 1 as pickle writes it."""
@@ -644,6 +645,20 @@ class WrongStage(Toy):
         return Rows(**{**vars(super().measure(checkpoint)), "stage": np.array([99])})
 
 
+class Silent(Toy):
+    """Gives NaN without a word."""
+
+    def measure(self, checkpoint: Checkpoint) -> Rows:
+        return Rows(**{**vars(super().measure(checkpoint)), "value": np.array([math.nan])})
+
+
+class Undefined(Silent):
+    """Gives NaN and says why."""
+
+    def measure(self, checkpoint: Checkpoint) -> Rows:
+        return Rows(**{**vars(super().measure(checkpoint)), "change": [f"{UNDEFINED}no base"]})
+
+
 class Undocumented(Toy):
     """Has an option that nobody explains."""
 
@@ -671,6 +686,8 @@ class BadlyNamed(Toy):
         (Drifting, {"deterministic"}),
         (SameDigest, {"sha256"}),
         (WrongStage, {"rows"}),
+        (Silent, {"rows"}),
+        (Undefined, set()),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -22,7 +22,7 @@ from clbench.contract.problems import ContractError, NotChecked, describe, is_fr
 from clbench.contract.watch import comparable
 from clbench.errors import ClbenchError
 from clbench.listing import docs_of_fields
-from clbench.suite import UNDATED, Checkpoint, Rows, Suite
+from clbench.suite import UNDATED, UNDEFINED, Checkpoint, Rows, Suite
 from clbench.train.models import make_model, weights_sha256
 
 ROUNDING_NATS = 1e-4
@@ -129,9 +129,13 @@ def check_rows(case: SuiteCase) -> None:
         )
     for name in ("value", "n_tokens", "n_bytes"):
         column = np.asarray(getattr(rows, name), dtype=np.float64)
+        if name == "value":  # NaN with a reason is an answer
+            said = np.array([change.startswith(UNDEFINED) for change in rows.change])
+            column = column[~(said & np.isnan(column))]
         if not np.isfinite(column).all() or (name != "value" and column.min() < 0):
             raise case.broken(
-                f"column {name} holds values that are negative or not finite", "leave such rows out, or raise"
+                f"column {name} holds values that are negative or not finite",
+                f"raise, leave such rows out, or say why in change: '{UNDEFINED}...'",
             )
 
 
@@ -140,8 +144,14 @@ def check_deterministic(case: SuiteCase) -> None:
     rows = case.rows
     suite = case.make(None)
     for again in (suite.measure(case.checkpoint()), suite.measure(case.checkpoint(training=False))):
-        if not table_of(again).equals(table_of(rows)):
+        if not _identical(again, rows):
             raise case.broken("measuring twice gives other rows", "call model.eval(), fix order and seeds")
+
+
+def _identical(one: Rows, other: Rows) -> bool:
+    """Return whether two measurements are the same to the bit; NaN is like NaN."""
+    tables = [table_of(dataclasses.replace(rows, value=np.nan_to_num(rows.value, nan=0.0))) for rows in (one, other)]
+    return tables[0].equals(tables[1]) and np.array_equal(np.isnan(one.value), np.isnan(other.value))
 
 
 def check_leaves(case: SuiteCase) -> None:
@@ -220,7 +230,7 @@ def _close(one: Rows, other: Rows) -> bool:
     """Return whether two measurements are the same rows, but for rounding."""
     same = (one.item, one.metric, one.stage.tolist()) == (other.item, other.metric, other.stage.tolist())
     counts = same and np.array_equal(one.n_tokens, other.n_tokens) and np.array_equal(one.n_bytes, other.n_bytes)
-    return bool(counts and np.allclose(one.value, other.value, rtol=0, atol=ROUNDING_NATS))
+    return bool(counts and np.allclose(one.value, other.value, rtol=0, atol=ROUNDING_NATS, equal_nan=True))
 
 
 SUITE_CHECKS: tuple[Callable[[SuiteCase], None], ...] = (

@@ -16,7 +16,7 @@ import torch
 
 from clbench import registry
 from clbench.audit import track_of
-from clbench.base import open_base, open_stream
+from clbench.base import open_stream
 from clbench.build import stream_folder
 from clbench.errors import ClbenchError, ConfigError, IntegrityError, NotFoundError
 from clbench.files import digest_of, exclusive, read_json, write_json
@@ -26,7 +26,7 @@ from clbench.fisher.samples import Grouping, Samples
 from clbench.home import home
 from clbench.method import Weights
 from clbench.results.store import RunStore
-from clbench.run import hardware_for
+from clbench.run_weights import BASE, release_folder, release_of
 from clbench.stream import Stream
 from clbench.train import checkpoint
 from clbench.train.models import check_checkpoint, load_model, weights_of, weights_sha256
@@ -34,7 +34,6 @@ from clbench.train.parallel import find_device
 
 FORMAT = 1
 FILE = "fisher.json"
-BASE = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +145,11 @@ def measure_run(
     kept, reports = kept_reports(store), []
     for stage in wanted:
         period = options.period(stage, len(stream.stages()))
-        model, digest = _release(store, stage, stream, device)
+        release = release_of(store, stage, stream, device)
+        if release.tokenizer is not None:
+            raise ConfigError("these checkpoints have a tokenizer of their own", where=store.folder,
+                              mend="measure them one by one: `clbench fisher CHECKPOINT --text FILE`")  # fmt: skip
+        model, digest = release.model, release.weights_sha256
         drawn = _drawn(store, period)
         samples = texts.of_stream(
             stream,
@@ -186,33 +189,12 @@ def _stages(store: RunStore, given: list[int] | None, options: Options, n_stages
                 raise ConfigError(f"no row after stage {stage}", where=store.folder, mend=f"finished stages: {there}")
         return given
     last = n_stages - 1 if options.on == "next" else n_stages
-    found = [stage for stage in done if BASE < stage < last and _release_folder(store, stage).is_dir()]
+    found = [stage for stage in done if BASE < stage < last and release_folder(store, stage).is_dir()]
     if not found:
         raise ConfigError(
             "no finished stage with release weights here", where=store.folder, mend="give --stage, or finish the run"
         )
     return found
-
-
-def _release_folder(store: RunStore, stage: int) -> Path:
-    return store.folder / "release" / f"stage-{stage:02d}"
-
-
-def _release(store: RunStore, stage: int, stream: Stream, device: str) -> tuple[torch.nn.Module, str]:
-    """Return the weights of one row of a run's matrix, checked against the digest that was measured."""
-    expected = store.stage_record(stage)["weights_sha256"]
-    folder = _release_folder(store, stage)
-    if folder.is_dir():
-        model = load_model(folder)
-    elif stage == BASE:
-        track = track_of(store)
-        model = open_base(track, stream, hardware_for(track, stream, device)).load()
-    else:
-        raise NotFoundError("the release weights are not kept", where=folder, mend="run it again, or choose a stage")
-    if weights_sha256(model) != expected:
-        mend = "run `clbench prepare` where the run was made" if stage == BASE else "delete the run and run again"
-        raise IntegrityError("these are not the weights that the run measured", where=f"stage {stage}", mend=mend)
-    return model, expected
 
 
 def _drawn(store: RunStore, period: int) -> int | None:

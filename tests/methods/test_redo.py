@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from clbench.capacity.units import dormant
 from clbench.contract.lab import Lab
 from clbench.errors import ConfigError
 from clbench.methods import _units
-from clbench.methods.redo import Redo, dormant
+from clbench.methods.redo import Redo
 from clbench.train.data import IGNORE
 from tests.methods.test_l2_init import Bench, gpt2, llama, neox, opt
 

@@ -1,0 +1,259 @@
+"""Brings together what is known about the capacity of runs: the suite ``capacity`` through cells, clemc, probes.
+
+Every checkpoint of every run is measured once; figures are computed in ``clbench.results.capacity``, the page is made
+by ``clbench.leaderboard.capacity_page``. Several runs of one method are its seeds; methods of several tracks may stand
+side by side, as long as each has its own matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from clbench import cells, probe, registry
+from clbench.audit import track_of
+from clbench.base import open_stream
+from clbench.errors import ClbenchError, ConfigError
+from clbench.files import exclusive, write_json
+from clbench.results import capacity
+from clbench.results.capacity import FILE, FORMAT, SUITE, MethodCapacity, headlines_of, over_seeds
+from clbench.results.matrix import Array, Matrix, documents_of, finite_or_none, matrix_of, stage_indices
+from clbench.results.metrics import Value
+from clbench.results.predictors import RunFigures
+from clbench.results.store import RunStore
+from clbench.run_weights import BASE, release_of, stages_with_weights
+from clbench.suite import Checkpoint, Reference, Suite
+from clbench.train.parallel import find_device
+
+Tell = Callable[[str, int, int], None]
+"""Gets (what, checkpoints done, checkpoints in all)."""
+
+
+def gather(
+    runs: Sequence[RunStore],
+    *,
+    measure: bool = True,
+    gradients: bool = False,
+    keep: bool = True,
+    device: str = "auto",
+    tell: Tell = lambda what, done, total: None,
+) -> list[MethodCapacity]:
+    """Return what is known about the capacity of runs, a method (on a track) each.
+
+    Args:
+        runs: run folders; those of one method and track are its seeds.
+        measure: measure what is missing; False shows what is there.
+        gradients: the gradients of every period, too: two backward passes each.
+        keep: write each run's figures into its folder, for MLflow and for later.
+        device: auto, cpu, cuda …
+        tell: is told what is measured.
+
+    Raises:
+        ConfigError: no runs, or a method has a seed twice.
+        NotFoundError, IntegrityError: no row is complete, or a stream or weights are damaged.
+    """
+    groups = _grouped(runs)
+    todo = [(store, k) for group in groups.values() for store in group for k in _weights_here(store)] if measure else []
+    n_done = 0
+    tables: dict[str, dict[int, pa.Table]] = {}
+    notes: dict[str, list[str]] = {}
+    for store in dict.fromkeys(store for store, _ in todo):
+        name = str(store.folder)
+        stages = [k for one, k in todo if one is store]
+        suite = _suite(store, gradients=gradients)
+        for stage in stages:
+            tell(f"{store.config()['method']['label']}, stage {stage}", n_done, len(todo))
+            try:
+                tables.setdefault(name, {})[stage] = measure_stage(store, stage, suite, device)
+            except ConfigError as error:  # this model or text cannot be measured so; its matrix still can be read
+                notes.setdefault(name, []).append(f"stage {stage}: {error.what}")
+            n_done += 1
+        if keep and name in tables:
+            keep_headlines(store, tables[name])
+    tell("", n_done, n_done)
+    several = len({track for track, _ in groups}) > 1
+    return [
+        _method(f"{label} · {track}" if several else label, track, group, tables, notes)
+        for (track, label), group in groups.items()
+    ]
+
+
+def _grouped(runs: Sequence[RunStore]) -> dict[tuple[str, str], list[RunStore]]:
+    """Return (track, method label) -> runs, seeds ascending."""
+    if not runs:
+        raise ConfigError("no run in these folders", mend="run `clbench run` first")
+    groups: dict[tuple[str, str], dict[int, RunStore]] = {}
+    for store in runs:
+        config = store.config()
+        group = groups.setdefault((str(config["track"].get("name", "?")), str(config["method"]["label"])), {})
+        seed = int(config["seed"])
+        if seed in group:
+            raise ConfigError(
+                f"two runs of {config['method']['label']} with seed {seed}: {group[seed].folder}",
+                where=store.folder,
+                mend="leave one of them out",
+            )
+        group[seed] = store
+    return {key: [group[seed] for seed in sorted(group)] for key, group in groups.items()}
+
+
+def _weights_here(store: RunStore) -> list[int]:
+    """Return the stages that can be measured; none for a run whose weights are gone."""
+    try:
+        return stages_with_weights(store)
+    except ConfigError:
+        return []
+
+
+def _suite(store: RunStore, *, gradients: bool) -> Suite:
+    stream = open_stream(track_of(store))
+    return registry.make_suite(f"{SUITE}:gradients=true" if gradients else SUITE, stream)
+
+
+def measure_stage(store: RunStore, stage: int, suite: Suite, device: str) -> pa.Table:
+    """Return the rows of the suite under the release weights after a stage, from the cache or measured now."""
+    stream = suite.stream
+    release = release_of(store, stage, stream, device)
+    place = find_device(device)
+    here = _weights_here(store)
+    # What it is compared with: as the recorder of a run has it, so that both have the same cells.
+    others = {k: _reference(store, k, suite, device) for k in {BASE, stage - 1} if k in here}
+    checkpoint = Checkpoint(
+        model=release.model.to(place).eval(),
+        weights_sha256=release.weights_sha256,
+        device=place,
+        autocast_dtype=None,
+        tokenizer=release.tokenizer,
+        tokenizer_sha256=release.tokenizer_sha256,
+        base=others.get(BASE),
+        previous=others.get(stage - 1),
+    )
+    return cells.measure(suite, checkpoint).rows
+
+
+def _reference(store: RunStore, stage: int, suite: Suite, device: str) -> Reference:
+    return Reference(
+        weights_sha256=store.stage_record(stage)["weights_sha256"],
+        load=partial(_load, store, stage, suite, device),
+    )
+
+
+def _load(store: RunStore, stage: int, suite: Suite, device: str) -> Any:
+    return release_of(store, stage, suite.stream, device).model
+
+
+def _method(
+    label: str,
+    track: str,
+    runs: Sequence[RunStore],
+    tables: Mapping[str, Mapping[int, pa.Table]],
+    notes: Mapping[str, Sequence[str]],
+) -> MethodCapacity:
+    """Bring the seeds of one method together."""
+    done = [set(store.stages_done()) for store in runs]
+    most = max(done, key=len)
+    kept = [store for store, stages in zip(runs, done, strict=True) if stages == most]
+    columns = stage_indices(kept[0])
+    seeds = [int(store.config()["seed"]) for store in kept]
+    documents = {seed: documents_of(store) for seed, store in zip(seeds, kept, strict=True)}
+    per_seed = {seed: found for seed, store in zip(seeds, kept, strict=True) if (found := _headlines(store, tables))}
+    said = [f"seed {store.config()['seed']}: {text}" for store in kept for text in notes.get(str(store.folder), ())]
+    said += [f"seed {s.config()['seed']} has fewer rows and is left out" for s in runs if s not in kept]
+    if len(per_seed) < len(kept):
+        said.append(f"the suite was measured for {len(per_seed)} of {len(kept)} seeds")
+    return MethodCapacity(
+        label=label,
+        track=track,
+        seeds=tuple(seeds),
+        stages={int(stage["index"]): str(stage["name"]) for stage in kept[0].config()["stages"]},
+        estimate=capacity.estimate_of(documents, columns, _oracle(kept[0], len(columns))),
+        headlines=over_seeds(per_seed),
+        probes=tuple(report for store in kept for report in probe.kept_reports(store)),
+        notes=tuple(said),
+    )
+
+
+def _headlines(store: RunStore, tables: Mapping[str, Mapping[int, pa.Table]]) -> dict[int, dict[str, Value]]:
+    """Return row -> key -> value of one run: measured now, else from its own rows or what was kept."""
+    if (measured := tables.get(str(store.folder))) is not None:
+        return {stage: headlines_of(rows, stage) for stage, rows in measured.items()}
+    return {
+        stage: {
+            key: Value(
+                np.array(np.nan if value is None else value), "undefined when measured" if value is None else None
+            )
+            for key, value in found.items()
+        }
+        for stage, found in capacity.kept_headlines(store).items()
+    }
+
+
+def _oracle(store: RunStore, n_columns: int) -> Array | None:
+    """Return the track's frozen oracle in nats per token, where it has one that fits."""
+    losses = (store.config()["track"].get("oracle") or {}).get("nats_per_token")
+    return None if losses is None or len(losses) != n_columns else np.asarray(losses, dtype=np.float64)
+
+
+def keep_headlines(store: RunStore, tables: Mapping[int, pa.Table]) -> None:
+    """Write a run's figures into its folder.
+
+    Raises:
+        ClbenchError: the folder cannot be written.
+    """
+    stages = {
+        str(stage): {key: finite_or_none(one.value) for key, one in headlines_of(rows, stage).items()}
+        for stage, rows in tables.items()
+    }
+    try:
+        with exclusive(store.folder, mend="wait until the run has ended", timeout_seconds=30):
+            write_json(store.folder / FILE, {"format": FORMAT, "stages": stages})
+    except ClbenchError as error:
+        raise ConfigError(
+            error.what, where=store.folder, mend="give --no-keep: nothing is then written there"
+        ) from None
+
+
+# all runs of a store
+
+
+def figures_of_runs(
+    runs: Sequence[RunStore],
+    *,
+    measure: bool = True,
+    gradients: bool = False,
+    keep: bool = True,
+    device: str = "auto",
+    tell: Tell = lambda what, done, total: None,
+) -> list[RunFigures]:
+    """Return what ``clbench.results.predictors`` compares: every finished run by itself, seeds and methods apart.
+
+    Besides the headlines every row has figures of the loss matrix: its losses on its own and on later periods, and the
+    forgetting of the step that led to it.
+    """
+    found: list[RunFigures] = []
+    for n_done, store in enumerate(runs):
+        tell(str(store.config()["method"]["label"]), n_done, len(runs))
+        if store.stages_done() != list(stage_indices(store)):
+            continue
+        (one,) = gather([store], measure=measure, gradients=gradients, keep=keep, device=device)
+        matrix = matrix_of(store)
+        figures = {row: _of_matrix(matrix, row) for row in matrix.row_stages}
+        for key, values in one.headlines.items():
+            for row, value in values.items():
+                figures.setdefault(row, {})[key] = value.value
+        for row, value in one.estimate.per_stage["weight_driven"].items():
+            figures[row]["weight_driven"] = value.value
+        found.append(RunFigures(one.track, one.label, one.seeds[0], matrix, figures))
+    tell("", len(runs), len(runs))
+    return found
+
+
+def _of_matrix(matrix: Matrix, row: int) -> dict[str, float]:
+    """Return the mean losses of one row on its own period and on later ones."""
+    later = [float(matrix.at(row, i)) for i in matrix.column_stages if i > row]
+    own = float(matrix.at(row, row)) if row in matrix.column_stages else float("nan")
+    return {"loss_own": own, "loss_later": float(np.mean(later)) if later else float("nan")}
