@@ -196,7 +196,7 @@ class JointJudge(Judge):
 def _chosen(rows: Rows, wanted: Sequence[bool]) -> Rows:
     """Return some of the rows."""
     places = np.flatnonzero(np.asarray(wanted, dtype=bool))
-    columns = {
+    columns: dict[str, Any] = {
         name: value[places] if isinstance(value, np.ndarray) else [value[i] for i in places]
         for name, value in vars(rows).items()
     }
