@@ -196,7 +196,7 @@ class JointJudge(Judge):
 def _chosen(rows: Rows, wanted: Sequence[bool]) -> Rows:
     """Return some of the rows."""
     places = np.flatnonzero(np.asarray(wanted, dtype=bool))
-    columns = {
+    columns: dict[str, Any] = {
         name: value[places] if isinstance(value, np.ndarray) else [value[i] for i in places]
         for name, value in vars(rows).items()
     }
@@ -280,7 +280,9 @@ def read_text(place: str, side: Side, *, column: str = "text") -> Text:
     return Text(name=place, ids=[name for name, _ in found], documents=[text for _, text in found], n_found=len(found))
 
 
-def draw(text: Text, tokenizer: Any, n_tokens: int, *, without: Collection[str] = ()) -> Text:
+def draw(
+    text: Text, tokenizer: Any, n_tokens: int, *, without: Collection[str] = (), least: int = MIN_DOCUMENTS
+) -> Text:
     """Return documents in an order that their ids decide, until there are so many tokens; counted by a tokenizer.
 
     Args:
@@ -288,6 +290,7 @@ def draw(text: Text, tokenizer: Any, n_tokens: int, *, without: Collection[str] 
         tokenizer: counts.
         n_tokens: how many are wanted.
         without: ids of documents that are not drawn.
+        least: documents that are needed, whatever their length.
 
     Raises:
         ConfigError: the first documents are so long that there are too few.
@@ -297,15 +300,15 @@ def draw(text: Text, tokenizer: Any, n_tokens: int, *, without: Collection[str] 
     order = sorted(free, key=lambda i: hashlib.sha256(text.ids[i].encode()).digest())
     chosen, total = list[int](), 0
     for place in order:
-        if total >= n_tokens and len(chosen) >= MIN_DOCUMENTS:
+        if total >= n_tokens and len(chosen) >= least:
             break
         n = len(tokenizer(text.documents[place], add_special_tokens=False, verbose=False)["input_ids"])
         if n:  # what a tokenizer makes nothing of has no loss
             chosen.append(place)
             total += n
-    if len(chosen) < MIN_DOCUMENTS:
+    if len(chosen) < least:
         beside = " beside those that are measured" if without else ""
-        what = f"{len(chosen)} documents have tokens{beside}, {MIN_DOCUMENTS} are needed"
+        what = f"{len(chosen)} documents have tokens{beside}, {least} {'is' if least == 1 else 'are'} needed"
         raise ConfigError(what, where=text.name, mend="give more text" + (", or fewer --tokens" if without else ""))
     chosen.sort()
     return Text(

@@ -187,7 +187,7 @@ def _moment_place(name: str, sources: Sources, expert: int = 0) -> str:
     moments = sources.moments_of(expert)
     if moments is None:
         model = sources.experts[expert].name
-        raise ConfigError(f"Adam's second moments of {model} are missing", mend="give the moments of every expert")
+        raise ConfigError(f"this merge needs Adam's second moments of {model}", mend="give the moments of every expert")
     layout, shape = moments.layout, sources.tuned.layout[name].shape
     if MOMENT + name in layout:
         found = layout[MOMENT + name].shape

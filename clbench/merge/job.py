@@ -130,8 +130,10 @@ class Options:
             raise ConfigError("one text is not enough", mend="give both --domain and --general")
         if not (self.has_texts or self.is_fixed):
             raise ConfigError("a search needs text to measure on", mend="give --domain and --general, or a fixed -s")
-        if (self.controls or self.impact or self.suites) and not self.has_texts:
-            raise ConfigError("controls and suites are measured beside texts", mend="give --domain and --general")
+        if (self.controls or self.impact) and not self.has_texts:
+            raise ConfigError("controls are measured", mend="give --domain and --general")
+        if self.suites and not self.has_texts:
+            raise ConfigError("suites are measured beside texts", mend="give --domain and --general")
         if self.method in ("learned-alpha", "greedy-soup", "mwa") and not self.has_texts:
             raise ConfigError(f"{self.method} reads text", mend="give --domain and --general")
         if self.out is not None and (self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir()))):
@@ -551,7 +553,7 @@ def learn_family(result: Result, tokenizer: Any) -> None:
     options = result.options
     texts = {
         side: draw(read_text(place, side, column=options.text_column), tokenizer, options.n_learn_tokens,
-                   without=result.texts[side].ids)
+                   without=result.texts[side].ids, least=1)
         for side, place in _texts(options)
     }  # fmt: skip
     settings = [options.mix, options.n_learn_tokens, options.n_learn_steps, learn.LEARNING_RATE]

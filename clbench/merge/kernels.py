@@ -339,7 +339,9 @@ def neighbours(
     if total <= 0:
         raise ConfigError("no neighbour has a weight", mend="leave a block out, or give weights above 0")
     if len(pairs) == 2 and pairs[1][1] > 0:
-        return lerp(w1, lerp(*(one.to(working_type(one)) for one, _ in pairs), pairs[1][1] / total), s)
+        (first, _), (second, weight) = pairs
+        between = lerp(first.to(working_type(first)), second.to(working_type(second)), weight / total)
+        return lerp(w1, between, s)
     return lerp(w1, pairs[0][0], s)
 
 
@@ -562,8 +564,7 @@ def ota(
     for one, mask in zip(experts, masks, strict=True):
         result = torch.where(mask & (count == 1), one.to(w1.dtype), result)
     if fallback == "mean":
-        plain = (sum(one.double() for one in experts) / len(experts)).to(w1.dtype)
-        return torch.where(count == 0, plain, result)
+        return torch.where(count == 0, mean(w1, w0, others, shares=[0.0, *[1.0] * len(experts)]), result)
     return torch.where(count == 0, w0.to(w1.dtype), result)
 
 

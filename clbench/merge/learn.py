@@ -162,7 +162,7 @@ def _slopes(
     return slopes
 
 
-def portions(texts: Mapping[str, Any], tokenizer: Any, *, length: int, mix: float, n_steps: int) -> list[list[Portion]]:
+def portions(texts: Mapping[Any, Any], tokenizer: Any, *, length: int, mix: float, n_steps: int) -> list[list[Portion]]:
     """Return what each step learns on: windows of general text (weight ``mix``) and of domain text, dealt in turn.
 
     Args:
