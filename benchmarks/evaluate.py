@@ -172,6 +172,34 @@ def report(title: str, cpu: dict[str, list[float]], gap: float) -> dict[str, Any
     return found
 
 
+def count(arguments: argparse.Namespace, checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """Print how many positions go through the layers and through the head: what no clock of a busy machine can say.
+
+    lm-eval puts every position through the head, and computes continuations of one token of one context once.
+    """
+    from clbench.eval import _forward, _scorer
+    from clbench.eval._scorer import Question, encode_pairs
+
+    requests = requests_of(configuration(name, arguments.questions))
+    encoded = encode_pairs(checkpoint.tokenizer, [request.args for request in requests])
+    choices: dict[tuple[int, ...], list[list[int]]] = {}
+    for one in encoded:
+        choices.setdefault(tuple(one.context), []).append(one.continuation)
+    rows = _scorer._laid_out([Question(c, some) for c, some in choices.items()], 1 << 20, packed=True)
+    size = _forward.TOKENS_PER_BATCH["cpu"]
+    ours = sum(len(b) * int(rows.n_input[b].max()) for b in _forward.batches(rows.n_input, size))
+    head = len(set(zip(rows.row.tolist(), rows.place.tolist(), strict=True)))
+    lengths = sorted((len(ids) for ids in {tuple(e.context + e.continuation[:-1]) for e in encoded}), reverse=True)
+    stock = {
+        n: sum(len(lengths[i : i + n]) * lengths[i] for i in range(0, len(lengths), n)) for n in arguments.batch_sizes
+    }
+    least = min(stock.values())
+    print(f"\n{name}, {arguments.questions} questions: ", end="")
+    print(f"positions through the layers {ours:,}, through the head {head:,}; ", end="")
+    print(f"lm-eval {least:,} through both: {least / ours:.2f} and {least / head:.1f} times as many")
+    return {"layers": ours, "head": head, "lm-eval": stock}
+
+
 def multiple_choice(arguments: argparse.Namespace, checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     """Compare on one set of questions."""
     from lm_eval.models.huggingface import HFLM
@@ -238,7 +266,7 @@ def outside(arguments: argparse.Namespace, checkpoint: Checkpoint, name: str) ->
 
 
 def matrix(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time the full held-out matrix of a track: as many models as it has periods, its model's size, all its documents."""
+    """Time the full held-out matrix of a track: as many models of its size as it has periods, all its documents."""
     import torch
 
     from clbench.eval.heldout import Heldout
@@ -274,6 +302,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32], help="of lm-eval")
+    parser.add_argument("--count", action="store_true", help="count positions, time nothing")
     arguments = parser.parse_args()
 
     import lm_eval
@@ -293,9 +322,12 @@ def main() -> None:
     print(f"lm-eval {lm_eval.__version__}\n\n{title}")
     found: dict[str, Any] = {"argv": sys.argv[1:]}
     for name in arguments.sets:
+        found[f"{name}, positions"] = count(arguments, checkpoint, name)
+        if arguments.count:
+            continue
         found[name] = multiple_choice(arguments, checkpoint, name)
         found[f"{name}, outside"] = outside(arguments, checkpoint, name)
-    if arguments.documents:
+    if arguments.documents and not arguments.count:
         found["rolling"] = rolling(arguments, checkpoint)
     if arguments.matrix:
         found["matrix"] = matrix(arguments)

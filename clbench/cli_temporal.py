@@ -85,7 +85,8 @@ def show(found: Temporal, value: str, kind: str) -> None:
     asked = "" if found.group is None else f", {found.group}"
     seeds = "1 seed" if found.n_seeds == 1 else f"{found.n_seeds} seeds"
     title = f"{found.label} ({seeds}): {value} of {found.suite} by {found.metric}{asked}"
-    console.print(_matrix(found, found.sheets[kind], value, f"{title}, {kind} items"))
+    console.print(f"{title}, {kind} items", style="italic", markup=False, soft_wrap=True)
+    console.print(_matrix(found, found.sheets[kind], value))
     console.print()
     console.print(_kinds(found))
     cells = [one for sheet in found.sheets.values() for row in sheet.score for one in row]
@@ -97,10 +98,10 @@ def show(found: Temporal, value: str, kind: str) -> None:
     console.print()
 
 
-def _matrix(found: Temporal, sheet: Sheet, value: str, title: str) -> Table:
+def _matrix(found: Temporal, sheet: Sheet, value: str) -> Table:
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("after stage")
     for column in sheet.column_stages:
         table.add_column(found.stages.get(column, str(column)), justify="right", no_wrap=True)
