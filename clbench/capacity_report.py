@@ -19,7 +19,7 @@ from clbench.audit import track_of
 from clbench.base import open_stream
 from clbench.errors import ClbenchError, ConfigError
 from clbench.files import exclusive, write_json
-from clbench.results import capacity
+from clbench.results import capacity, clemc
 from clbench.results.capacity import FILE, FORMAT, SUITE, MethodCapacity, headlines_of, over_seeds
 from clbench.results.matrix import Array, Matrix, documents_of, finite_or_none, matrix_of, stage_indices
 from clbench.results.metrics import Value
@@ -57,16 +57,36 @@ def gather(
         NotFoundError, IntegrityError: no row is complete, or a stream or weights are damaged.
     """
     groups = _grouped(runs)
-    todo = [(store, k) for group in groups.values() for store in group for k in _weights_here(store)] if measure else []
-    n_done = 0
-    tables: dict[str, dict[int, pa.Table]] = {}
+    stores = [store for group in groups.values() for store in group]
+    tables, notes = _measured(stores, gradients=gradients, keep=keep, device=device, tell=tell) if measure else ({}, {})
+    several = len({track for track, _ in groups}) > 1
+    return [
+        _method(f"{label} · {track}" if several else label, track, group, tables, notes)
+        for (track, label), group in groups.items()
+    ]
+
+
+Tables = dict[str, dict[int, pa.Table]]
+"""Run folder -> row -> rows of the suite."""
+
+
+def _measured(
+    stores: Sequence[RunStore], *, gradients: bool, keep: bool, device: str, tell: Tell
+) -> tuple[Tables, dict[str, list[str]]]:
+    """Return the rows of every checkpoint whose weights are here, and what could not be measured, by run folder."""
+    todo = {id(store): _weights_here(store) for store in stores}
+    n_done, total = 0, sum(map(len, todo.values()))
+    tables: Tables = {}
     notes: dict[str, list[str]] = {}
-    for store in dict.fromkeys(store for store, _ in todo):
+    suites: dict[str, Suite] = {}
+    for store in stores:
         name = str(store.folder)
-        stages = [k for one, k in todo if one is store]
-        suite = _suite(store, gradients=gradients)
-        for stage in stages:
-            tell(f"{store.config()['method']['label']}, stage {stage}", n_done, len(todo))
+        stream = str(store.config()["track"].get("stream_sha256"))
+        for stage in todo[id(store)]:
+            if stream not in suites:  # it keeps the text that it has read
+                suites[stream] = _suite(store, gradients=gradients)
+            suite = suites[stream]
+            tell(f"{store.config()['method']['label']}, stage {stage}", n_done, total)
             try:
                 tables.setdefault(name, {})[stage] = measure_stage(store, stage, suite, device)
             except ConfigError as error:  # this model or text cannot be measured so; its matrix still can be read
@@ -74,12 +94,8 @@ def gather(
             n_done += 1
         if keep and name in tables:
             keep_headlines(store, tables[name])
-    tell("", n_done, n_done)
-    several = len({track for track, _ in groups}) > 1
-    return [
-        _method(f"{label} · {track}" if several else label, track, group, tables, notes)
-        for (track, label), group in groups.items()
-    ]
+    tell("", total, total)
+    return tables, notes
 
 
 def _grouped(runs: Sequence[RunStore]) -> dict[tuple[str, str], list[RunStore]]:
@@ -234,21 +250,19 @@ def figures_of_runs(
     Besides the headlines every row has figures of the loss matrix: its losses on its own and on later periods, and the
     forgetting of the step that led to it.
     """
+    finished = [store for store in runs if store.stages_done() == list(stage_indices(store))]
+    tables, _ = _measured(finished, gradients=gradients, keep=keep, device=device, tell=tell) if measure else ({}, {})
     found: list[RunFigures] = []
-    for n_done, store in enumerate(runs):
-        tell(str(store.config()["method"]["label"]), n_done, len(runs))
-        if store.stages_done() != list(stage_indices(store)):
-            continue
-        (one,) = gather([store], measure=measure, gradients=gradients, keep=keep, device=device)
-        matrix = matrix_of(store)
+    for store in finished:
+        config, matrix = store.config(), matrix_of(store)
         figures = {row: _of_matrix(matrix, row) for row in matrix.row_stages}
-        for key, values in one.headlines.items():
-            for row, value in values.items():
-                figures.setdefault(row, {})[key] = value.value
-        for row, value in one.estimate.per_stage["weight_driven"].items():
-            figures[row]["weight_driven"] = value.value
-        found.append(RunFigures(one.track, one.label, one.seeds[0], matrix, figures))
-    tell("", len(runs), len(runs))
+        for row, values in _headlines(store, tables).items():
+            figures.setdefault(row, {}).update({key: one.value for key, one in values.items()})
+        split = clemc.capacity_of(matrix)  # W does not depend on a reference
+        for row, value in zip(split.stages[1:], split.weight_driven.tolist(), strict=True):
+            figures[row]["weight_driven"] = value
+        track, method = str(config["track"].get("name", "?")), str(config["method"]["label"])
+        found.append(RunFigures(track, method, int(config["seed"]), matrix, figures))
     return found
 
 
