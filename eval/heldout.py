@@ -132,10 +132,12 @@ class Corpus:
 
     @property
     def n_documents(self) -> int:
+        """How many documents there are."""
         return len(self.item)
 
     @property
     def n_tokens(self) -> IntArray:
+        """Tokens of every document."""
         return np.array([len(t) for t in self.tokens], dtype=np.int64)
 
 

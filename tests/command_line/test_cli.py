@@ -30,6 +30,7 @@ COMMANDS = [
     "probe",
     "forecast",
     "predictors",
+    "deceleration",
     "facts",
     "arms",
     "stream",
