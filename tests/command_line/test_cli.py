@@ -28,6 +28,7 @@ COMMANDS = [
     "probe",
     "forecast",
     "predictors",
+    "deceleration",
     "facts",
     "arms",
     "stream",
