@@ -1,7 +1,7 @@
 """What suite ``capacity`` costs: its parts against one held-out evaluation of the same checkpoint.
 
     python -m benchmarks.capacity                                   codedocs-nano, CPU, one thread
-    python -m benchmarks.capacity --track domain-smollm2 --cold     a real pretrained model, once
+    python -m benchmarks.capacity --track domain-smollm2 --cold --documents 8     a real model, once, on some text
     python -m benchmarks.capacity --clock cpu                       processor seconds: for a machine that is not idle
 
 One process. The checkpoint is the track's base with noise, its base is the base, its previous one has other noise: both
@@ -9,7 +9,9 @@ have to be loaded and run, as in the middle of a run. Blocks alternate, heldout 
 capacity is divided by the mean of the two of heldout around it. A first round, which also reads the text, is for
 warming up. Medians of these ratios with a distribution-free 95 % interval (six pairs at least).
 
---cold measures everything once, in this order, text reading included: for a large model on a small machine.
+--cold measures everything once, in this order, text reading included: for a large model on a small machine. --documents
+takes some held-out documents of a period only. Then the ratio says little, as the suite reads the beginnings of few
+documents and held-out evaluation all of all; the tokens that each ran through models are printed to scale by.
 
 activations and weights are what the suite does when nothing is asked for, and their sum is judged: at most 1. gradients
 is the optional part; it is shown beside them and not judged.
@@ -31,11 +33,13 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELI
 
 import torch
 
+from benchmarks.heldout import Sample
 from benchmarks.methods import median_interval, verdict
 from clbench import registry
 from clbench.base import open_base, open_stream
 from clbench.errors import ClbenchError
 from clbench.run import hardware_for
+from clbench.stream import Stream
 from clbench.suite import Checkpoint, Reference, Suite
 from clbench.train.models import n_parameters, weights_sha256
 from clbench.train.parallel import describe
@@ -57,12 +61,14 @@ def noisy(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     return model
 
 
-def checkpoint_of(track_name: str, device: str) -> tuple[Checkpoint, Any]:
+def checkpoint_of(track_name: str, device: str, n_documents: int | None) -> tuple[Checkpoint, Any]:
     """Return a checkpoint with a base and a previous one, and its stream."""
     track = registry.load_track(track_name)
     stream = open_stream(track)
     hardware = hardware_for(track, stream, device)
     base = open_base(track, stream, hardware)
+    if n_documents is not None:
+        stream = Sample(stream.folder, n_documents)
     model, before = noisy(base.load(), 1), noisy(base.load(), 2)
     checkpoint = Checkpoint(
         model=model.to(hardware.device),
@@ -73,6 +79,11 @@ def checkpoint_of(track_name: str, device: str) -> tuple[Checkpoint, Any]:
         previous=Reference(weights_sha256=weights_sha256(before), load=lambda: noisy(base.load(), 2)),
     )
     return checkpoint, stream
+
+
+def n_tokens_of(stream: Stream) -> int:
+    """Return the tokens of the held-out text."""
+    return sum(int(stream.offsets("heldout", info.index)[-1]) for info in stream.stages())
 
 
 def timed(run: Callable[[], object], clock: str) -> float:
@@ -122,7 +133,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if not arguments.json:
             print(text, file=sys.stderr, flush=True)
 
-    checkpoint, stream = checkpoint_of(arguments.track, arguments.device)
+    checkpoint, stream = checkpoint_of(arguments.track, arguments.device, arguments.documents)
     spec = "capacity:gradients=true" if arguments.gradients else "capacity"
     capacity: Suite = registry.make_suite(spec, stream)
     heldout: Suite = registry.make_suite("heldout", stream)
@@ -149,6 +160,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "threads": arguments.threads,
             "clock": arguments.clock,
             "n_pairs": 0 if arguments.cold else arguments.repeats,
+            "n_documents": arguments.documents or "all",
+            "heldout_tokens": n_tokens_of(stream),
             "heldout_flops": heldout.flops(checkpoint),
             "capacity_flops": flops,
         },
@@ -166,6 +179,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=6, help="pairs")
     parser.add_argument("--no-gradients", dest="gradients", action="store_false", help="leave the optional part out")
+    parser.add_argument("--documents", type=int, help="held-out documents of a period; all by default")
     parser.add_argument("--cold", action="store_true", help="measure once, without pairs and warming up")
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     parser.add_argument("--json", action="store_true", help="print JSON")
