@@ -95,7 +95,7 @@ def show(found: Health) -> None:
     console = Console(markup=False, highlight=False, emoji=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("task", overflow="fold", min_width=12)
-    heads = ["score", "chance", *(["baseline", "difference", "p"] if found.changes else [])]
+    heads = ["score", "chance", *(["baseline", "difference", "p, Holm"] if found.changes else [])]
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)

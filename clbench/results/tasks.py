@@ -462,7 +462,9 @@ def sentence(found: Sequence[Change]) -> str:
         by_state.setdefault(one.state, []).append(one)
     damaged, improved = by_state.get("damaged", []), by_state.get("improved", [])
     damaged.sort(key=lambda one: one.difference.n_errors * (-1 if one.direction == "lower" else 1))
-    parts = [f"damaged on {len(damaged)} of {_tasks(len(found))}" if damaged else f"no damage on {_tasks(len(found))}"]
+    parts = [
+        f"damaged on {len(damaged)} of {_tasks(len(found))}" if damaged else f"no damage shown on {_tasks(len(found))}"
+    ]
     if damaged:
         parts[0] += f": {_named(damaged)}"
     if improved:
