@@ -2,6 +2,7 @@
 
     python -m benchmarks.capacity                                   codedocs-nano, CPU, one thread
     python -m benchmarks.capacity --track domain-smollm2 --cold --documents 8     a real model, once, on some text
+    python -m benchmarks.capacity --track domain-smollm2 --operations   what it would run through the model
     python -m benchmarks.capacity --clock cpu                       processor seconds: for a machine that is not idle
 
 One process. The checkpoint is the track's base with noise, its base is the base, its previous one has other noise: both
@@ -79,6 +80,29 @@ def checkpoint_of(track_name: str, device: str, n_documents: int | None) -> tupl
         previous=Reference(weights_sha256=weights_sha256(before), load=lambda: noisy(base.load(), 2)),
     )
     return checkpoint, stream
+
+
+def operations(track_name: str) -> dict[str, float]:
+    """Return the operations of held-out evaluation and of the suite, from shapes alone: no weights, nothing is run."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    track = registry.load_track(track_name)
+    stream = open_stream(track)
+    config = AutoConfig.from_pretrained(open_base(track, stream, hardware_for(track, stream, "cpu")).model_folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    others = [Reference(weights_sha256=name, load=lambda: model) for name in ("base", "previous")]
+    checkpoint = Checkpoint(
+        model=model,
+        weights_sha256="now",
+        device=torch.device("cpu"),
+        autocast_dtype=None,
+        base=others[0],
+        previous=others[1],
+    )
+    capacity: Suite = registry.make_suite("capacity:gradients=true", stream)
+    heldout = registry.make_suite("heldout", stream).flops(checkpoint)
+    return {"heldout": heldout} | {shard: capacity.shard_flops(checkpoint, shard) for shard in capacity.shards()}
 
 
 def n_tokens_of(stream: Stream) -> int:
@@ -179,6 +203,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=6, help="pairs")
     parser.add_argument("--no-gradients", dest="gradients", action="store_false", help="leave the optional part out")
+    parser.add_argument("--operations", action="store_true", help="count operations instead, nothing is run")
     parser.add_argument("--documents", type=int, help="held-out documents of a period; all by default")
     parser.add_argument("--cold", action="store_true", help="measure once, without pairs and warming up")
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
@@ -188,6 +213,11 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error("give at least 1 repeat")
     torch.set_num_threads(arguments.threads)
     try:
+        if arguments.operations:
+            found = operations(arguments.track)
+            for name, flops in found.items():
+                print(f"{name:12} {flops:.3g} operations, {flops / found['heldout']:.2f} held-out evaluations")
+            return 0
         found = run(arguments)
     except ClbenchError as error:
         print(f"error: {error}", file=sys.stderr)
