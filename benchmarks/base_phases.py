@@ -114,12 +114,13 @@ def _n_steps(job: Job, stage: Stage) -> int:
 
 
 def phases(steps: Sequence[float], ranks: Sequence[float]) -> dict[str, Any]:
-    """Return where a rank turns: its first minimum after the start, and the maximum after that.
+    """Return where a rank turns: both ends of its largest rise, as a factor; without a rise, its start.
 
     ``collapse``, ``expansion`` and ``compression`` are changes as shares of the value before; 0 where there is none.
     """
     values = np.asarray(ranks, dtype=np.float64)
-    low = int(np.argmin(values[: int(np.argmax(values[1:])) + 2])) if len(values) > 2 else 0
+    peaks = np.maximum.accumulate(values[::-1])[::-1]  # the largest value from each place on
+    low = int(np.argmax(peaks / values))
     high = low + int(np.argmax(values[low:]))
     return {
         "minimum_at_step": steps[low],

@@ -22,6 +22,12 @@ def test_turning_points_by_hand() -> None:
     found = phases([0, 1, 2, 4, 8, 16], [10.0, 6.0, 4.0, 8.0, 12.0, 9.0])
     assert (found["minimum_at_step"], found["maximum_at_step"]) == (2, 8)
     assert (found["collapse"], found["expansion"], found["compression"]) == pytest.approx((-0.6, 2.0, -0.25))
+    # The start is higher than anything later, as it is where a random net's features have full rank.
+    deep = phases([0, 1, 2, 4, 8, 16], [60.0, 59.0, 7.0, 30.0, 47.0, 40.0])
+    assert (deep["minimum_at_step"], deep["maximum_at_step"]) == (2, 8)
+    assert deep["compression"] == pytest.approx(40 / 47 - 1)
+    falling = phases([0, 1, 2], [3.0, 2.0, 1.0])
+    assert (falling["expansion"], falling["compression"]) == (0.0, pytest.approx(1 / 3 - 1))
     rising = phases([0, 1, 2], [1.0, 2.0, 3.0])
     assert (rising["collapse"], rising["compression"]) == (0.0, 0.0)
     assert rising["expansion"] == pytest.approx(2.0)
