@@ -263,8 +263,6 @@ def _evaluate_runs(
     folders: Sequence[str], suites: Sequence[str], n_jobs: int, devices: Sequence[str], mlflow: str, *, as_json: bool
 ) -> None:
     """Measure further suites on runs and print their scores by stage."""
-    from clbench import listing
-    from clbench.results import tasks
     from clbench.results.store import find_runs
 
     if not suites:
@@ -274,6 +272,15 @@ def _evaluate_runs(
         raise ConfigError("no run in these folders", where=", ".join(folders), mend="run `clbench run` first")
     sinks = _place(_root_of(stores[0].folder), "auto", mlflow).sinks
     failures = _measure_extras(stores, suites, n_jobs, devices, sinks)
+    _show_tasks(stores, failures, as_json=as_json)
+    _name_failures(failures)
+
+
+def _show_tasks(stores: Sequence[RunStore], failures: Sequence[Failure] = (), *, as_json: bool) -> None:
+    """Print the score of every task at every stage."""
+    from clbench import listing
+    from clbench.results import tasks
+
     tables = {str(store.folder): tasks.stage_table(store) for store in stores}
     if as_json:
         print_json({"runs": {name: table.as_dict() for name, table in tables.items()},
@@ -281,7 +288,6 @@ def _evaluate_runs(
     else:
         for folder, table in tables.items():
             listing.show_stage_table(folder, table)
-    _name_failures(failures)
 
 
 def _root_of(run: Path) -> Path:
@@ -580,9 +586,15 @@ def _checkpoint_pairs(texts: Sequence[str]) -> dict[int, str]:
 
 
 def _show(stores: Sequence[RunStore], *, as_json: bool) -> None:
+    """Print the summaries of runs; of those whose track measures no losses the scores of their tasks."""
     from clbench import listing
     from clbench.results import summary
 
+    if without := [store for store in stores if "heldout" not in store.suites()]:
+        _show_tasks(without, as_json=as_json)
+        stores = [store for store in stores if store not in without]
+    if not stores:
+        return
     summaries = [summary.summarise(group) for group in summary.group_runs(stores).values()]
     if as_json:
         print_json([{**s.as_dict(), "folders": [str(r.folder) for r in stores]} for s in summaries])

@@ -31,6 +31,7 @@ from clbench.stream import Stream
 from clbench.tracking import plan_of
 from clbench.train.models import load_model, make_model, save_model, weights_of
 from tests import probe_suite
+from tests.command_line.driver import write_track
 from tests.engine import prepare_tiny, tiny_track
 from tests.probe_suite import N_ITEMS
 
@@ -401,6 +402,15 @@ def test_evaluate_measures_a_run(run: RunStore, tmp_path: Path) -> None:
     assert code == 0
     assert "task-b" in out
     assert "retained" in out
+
+
+def test_a_track_of_questions_alone_shows_their_scores(run: RunStore, tmp_path: Path) -> None:
+    (place := tmp_path / "probe").mkdir()
+    track = write_track(tmp_path / "questions.yaml", suites=[spec(place)])
+    given = run.folder / "release" / "stage-01"
+    code, out, _ = clbench("evaluate", "--checkpoints", f"0={given}", "-t", track, "-o", tmp_path / "mine", "--json")
+    assert code == 0
+    assert set(json.loads(out)["runs"][str(tmp_path / "mine")]["scores"]) == {"task-a", "task-b", "task-c"}
 
 
 @pytest.mark.parametrize(
