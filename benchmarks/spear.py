@@ -82,13 +82,12 @@ def base_of(run: Path) -> Path:
     Raises:
         NotFoundError: it is not on this machine any more.
     """
+    from clbench.extras import base_with
     from clbench.home import bases_folder
     from clbench.results.store import RunStore
 
-    wanted = RunStore.open(run).config()["base"]["weights_sha256"]
-    for facts in sorted(bases_folder().glob("*/base.json")):
-        if read_json(facts).get("weights_sha256") == wanted:
-            return facts.parent / "model"
+    if (found := base_with(RunStore.open(run).config()["base"]["weights_sha256"])) is not None:
+        return found
     raise NotFoundError("the run's base is not here", where=bases_folder(), mend="prepare its track, or give --base")
 
 

@@ -6,11 +6,10 @@ records stay as they are, so a run still resumes, packs and verifies as its trac
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from clbench import cells, console, fanout, registry
 from clbench.audit import track_of
@@ -22,8 +21,7 @@ from clbench.files import read_json
 from clbench.home import bases_folder
 from clbench.recorder import Sink
 from clbench.results.store import ExtraRecord, RunStore, utc_now
-
-BASE = 0
+from clbench.run_weights import BASE, outside_paths, release_folder
 
 
 @dataclass
@@ -160,20 +158,12 @@ def subject_of(store: RunStore, stage: int) -> Subject:
 
 def _weights_after(store: RunStore, stage: int) -> str:
     """Return where the weights of a row lie, empty where they are not kept."""
-    folder = store.folder / "release" / f"stage-{stage:02d}"
-    path: Path | str | None = folder if folder.is_dir() else _outside(store.config(), stage)
-    if path is None and stage == BASE:
-        path = base_with(store.stage_record(stage)["weights_sha256"])
-    return "" if path is None else str(path)
-
-
-def _outside(config: Mapping[str, Any], stage: int) -> str | None:
-    """Return where ``clbench evaluate`` found the checkpoint of a row."""
-    components = config["method"].get("components") or [{}]
-    if components[0].get("name") != "checkpoints":
-        return None
-    path = components[0].get("options", {}).get("paths", {}).get(str(stage))
-    return str(path) if path is not None else None
+    if (folder := release_folder(store, stage)).is_dir():
+        return str(folder)
+    if (path := outside_paths(store).get(stage)) is not None:
+        return path
+    base = base_with(store.stage_record(stage)["weights_sha256"]) if stage == BASE else None
+    return "" if base is None else str(base)
 
 
 def base_with(digest: str) -> Path | None:

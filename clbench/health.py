@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clbench import extras, fanout, pretrained, registry
+from clbench import extras, fanout, pretrained, registry, run_weights
 from clbench.build import stream_folder
 from clbench.errors import ClbenchError, ConfigError, NotFoundError
 from clbench.fanout import TEXT_SUITE, Failure, Job, Outcome, Request, Subject
@@ -182,8 +182,8 @@ def _subjects(options: Options) -> dict[str, Subject]:
     found = {"model": find_model(options.model)}
     if options.baseline is not None:
         found["baseline"] = find_model(options.baseline)
-    elif (store := _run(options.model)) is not None and store.stages_done()[0] == extras.BASE:
-        found["baseline"] = extras.subject_of(store, extras.BASE)
+    elif (store := _run(options.model)) is not None and store.stages_done()[0] == run_weights.BASE:
+        found["baseline"] = extras.subject_of(store, run_weights.BASE)
     if options.base is not None:
         found["base"] = find_model(options.base)
     return found
