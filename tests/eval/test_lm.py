@@ -213,7 +213,7 @@ def test_sampling_has_a_seed_of_its_own() -> None:
 def test_notes_count_what_was_cut() -> None:
     lm = ClbenchLM(checkpoint_with(llama()))
     lm.loglikelihood(instances("loglikelihood", [("w1 w2", " w3"), (text(20, 1), " w3 w4")]))
-    assert lm.notes == [Note(), Note(n_cut_tokens=20 + 2 - 1 - 16)]
+    assert lm.notes == [Note(n_tokens=1), Note(n_tokens=2, n_cut_tokens=20 + 2 - 1 - 16)]
 
 
 def test_mistakes_are_one_line() -> None:
