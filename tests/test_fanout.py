@@ -291,6 +291,7 @@ def copied(run: RunStore, folder: Path) -> RunStore:
     return RunStore(folder)
 
 
+@pytest.mark.usefixtures("fresh_cells")
 def test_a_run_gets_further_suites_beside_its_own(run: RunStore, tmp_path: Path) -> None:
     store, place = copied(run, tmp_path / "run"), tmp_path / "probe"
     place.mkdir()
@@ -404,6 +405,7 @@ def test_evaluate_measures_a_run(run: RunStore, tmp_path: Path) -> None:
     assert "retained" in out
 
 
+@pytest.mark.usefixtures("fresh_cells")
 def test_a_track_of_questions_alone_shows_their_scores(run: RunStore, tmp_path: Path) -> None:
     (place := tmp_path / "probe").mkdir()
     track = write_track(tmp_path / "questions.yaml", suites=[spec(place)])

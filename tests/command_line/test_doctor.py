@@ -70,7 +70,7 @@ def test_versions_are_compared_as_numbers(version: str, floor: str, older: bool)
 def test_required_packages_are_those_of_the_project_file() -> None:
     needed = doctor.required_packages()
     assert needed["torch"] == "2.6"
-    assert needed["lm-eval"] == "0.4.11"
+    assert needed["lm-eval"] == "0.4.13"
     assert len(needed) >= 20
     assert "pytest" not in needed
 
