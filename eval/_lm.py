@@ -166,7 +166,6 @@ class ClbenchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         """Return the continuation of every prompt; requests of equal settings go together."""
         found: list[str] = [""] * len(requests)
         ids_of = encode_texts(self.tokenizer, [request.args[0] for request in requests])
-        self.n_input.update((len(ids_of[r.args[0]]),) * 2 for r in requests)
         self.notes = [Note(0, max(0, len(ids_of[r.args[0]]) - self._room(r.args[1]))) for r in requests]
         groups: list[tuple[dict[str, Any], list[int]]] = []
         for place, request in enumerate(requests):
@@ -200,12 +199,15 @@ class ClbenchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             batch_rows=self.batch_rows,
             max_length=self.max_length,
             names=[f"the prompt that ends with {prompt[-60:]!r}" for prompt in prompts],
+            tally=self.n_input,
         )
 
     def _generate_as_lm_eval(self, requests: list[Any], settings: dict[str, Any]) -> list[str]:
         """Let lm-eval generate (sampling, beams), from a seed of its own; the random states come back."""
         import torch
 
+        ids_of = encode_texts(self.tokenizer, [request.args[0] for request in requests])
+        self.n_input.update((len(ids_of[request.args[0]]),) * 2 for request in requests)
         with undisturbed(self.model, self.checkpoint.device), torch.inference_mode():
             torch.manual_seed(seeds.derive(0, "generate", repr(sorted(settings.items(), key=str))) % 2**63)
             texts: list[str] = super().generate_until(requests, disable_tqdm=True)

@@ -1,7 +1,7 @@
 """What many rows begin with, computed once: worked examples and instructions before the questions of a set.
 
-``plan`` finds rows with equal beginnings that are worth it; ``Beginning`` holds the keys and values of one, which
-every later forward pass reads behind its own rows without keeping a copy. Letters: W rows, T positions.
+``plan`` finds rows with equal beginnings that are worth it; ``Beginning`` holds the keys and values of one, which any
+number of rows go on from: in passes that read them and keep nothing, or with a cache that grows.
 """
 
 from __future__ import annotations
@@ -124,6 +124,16 @@ class Beginning:
 
         layer = _reader()
         return {self._name: Cache(layers=[layer(keys, values) for keys, values in self._kept])}
+
+    def grown(self, n_rows: int) -> tuple[str, Any]:
+        """Return what a model calls its cache, and one for ``n_rows`` rows that has the beginning and can grow."""
+        from transformers.cache_utils import Cache, DynamicLayer
+
+        layers = [DynamicLayer() for _ in self._kept]
+        for layer, (keys, values) in zip(layers, self._kept, strict=True):
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys.expand(n_rows, -1, -1, -1), values.expand(n_rows, -1, -1, -1)
+        return self._name, Cache(layers=layers)
 
 
 @cache

@@ -507,7 +507,8 @@ def _tried(checkpoint: Checkpoint, what: tuple[Any, ...], length: int, attempt: 
     config = checkpoint.model.config
     key = (*what, getattr(config, "_attn_implementation", None), checkpoint.device.type)
     known = _known.setdefault(checkpoint.model, {})
-    if key not in known or (known[key][0] < length) == bool(known[key][1]):
+    tried_on, taken = known.get(key, (0, True))
+    if length > tried_on if taken else length < tried_on:
         known[key] = (length, attempt())
     found: Found = known[key][1]
     return found

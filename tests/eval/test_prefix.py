@@ -10,11 +10,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clbench.eval import _prefix, _scorer
+from clbench.eval import _generate, _prefix, _scorer
 from clbench.eval._prefix import LEAST, OVERHEAD, Group, plan
-from clbench.eval._scorer import Question, choice_nats
+from clbench.eval._scorer import Question, choice_nats, generate
 from tests.eval.test_heldout import gemma2, gpt2
-from tests.eval.test_scorer import VOCABULARY, by_hand, checkpoint_of, eager, long_llama, mistral
+from tests.eval.test_scorer import (
+    VOCABULARY,
+    by_hand,
+    checkpoint_of,
+    eager,
+    long_llama,
+    mistral,
+    reads,
+    words,
+    written_by_hand,
+)
 
 
 def rows_of(*token_lists: list[int]) -> tuple[list[np.ndarray], np.ndarray]:
@@ -95,14 +105,15 @@ def questions_behind(n_shared: int, n: int = 24, *, seed: int = 0) -> list[Quest
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The lengths of the beginnings that are used to score."""
     found: list[int] = []
-    original = _scorer._begin
+    score, write = _scorer._begin, _generate._begin
 
-    def spy(*arguments: Any) -> Any:
-        start = original(*arguments)
+    def spy(checkpoint: Any, rows: Any, group: Group) -> Any:
+        start = (write if isinstance(rows, list) else score)(checkpoint, rows, group)
         found.append(0 if start is None else start.n_shared)
         return start
 
     monkeypatch.setattr(_scorer, "_begin", spy)
+    monkeypatch.setattr(_generate, "_begin", spy)
     return found
 
 
@@ -128,6 +139,23 @@ def test_scores_behind_a_shared_beginning_equal_those_of_whole_texts(
         np.testing.assert_allclose(nats, expected, rtol=0, atol=5e-5)
         assert greedy.tolist() == top
     assert (begun != [0]) == is_shared
+
+
+@pytest.mark.parametrize(
+    ("make", "is_shared"), [(long_llama, True), (eager, True), (lambda: gpt2(128), True), (mistral, False)]
+)
+def test_prompts_behind_a_shared_beginning_are_continued_as_each_alone(
+    make: Callable[[], torch.nn.Module], is_shared: bool, begun: list[int]
+) -> None:
+    checkpoint, tally = reads(make()), Counter[tuple[int, int]]()
+    prompts = [words(question.context) for question in questions_behind(LEAST + 14, 14)]
+    found = generate(checkpoint, prompts, max_new_tokens=8, batch_rows=5, tally=tally)
+    assert found == [words(written_by_hand(checkpoint, prompt, 8, 128)) for prompt in prompts]
+    assert (begun != [0]) == is_shared
+    n_tokens = sum(len(prompt.split()) for prompt in prompts)
+    n_shared = sum(n for n in begun)
+    assert sum(seen * n for (_, seen), n in tally.items()) == n_tokens + n_shared
+    assert sum(new * n for (new, _), n in tally.items()) <= n_tokens - (46 * (8 + 4) if is_shared else 0)
 
 
 def test_a_model_whose_cached_states_are_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch, begun: list[int]) -> None:
