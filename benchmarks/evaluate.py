@@ -74,12 +74,13 @@ def make_checkpoint(name: str, device: str) -> tuple[Checkpoint, str]:
     ), title
 
 
-def configuration(name: str, n: int) -> dict[str, Any]:
+def configuration(name: str, n: int, shots: int) -> dict[str, Any]:
     """Return a task of suite ``general``, or one of made-up questions of HellaSwag's lengths."""
     if name != "made-up":
         from clbench.eval import _sets
 
-        return _sets.task_config(name, _sets.open_set(name).chosen(n))
+        asked, examples = _sets.open_set(name).apart(shots)
+        return _sets.task_config(name, asked.chosen(n), examples)
     words = ["the", "of", "a", "to", "in", "is", "on", "by", "it", "or", "be", "at", "we", "if", "do", "no", "he", "up"]
     rng = seeds.generator(0, "benchmark", n)
     docs = [
@@ -176,18 +177,26 @@ def count(arguments: argparse.Namespace, checkpoint: Checkpoint, name: str) -> d
     """Print how many positions go through the layers and through the head: what no clock of a busy machine can say.
 
     lm-eval puts every position through the head, and computes continuations of one token of one context once.
+    Operations are those of matrix products with weights: where these bound the time, their ratio bounds the gain.
     """
+    import torch
+
     from clbench.eval import _forward, _scorer
+    from clbench.eval._prefix import plan
     from clbench.eval._scorer import Question, encode_pairs
 
-    requests = requests_of(configuration(name, arguments.questions))
+    requests = requests_of(configuration(name, arguments.questions, arguments.shots))
     encoded = encode_pairs(checkpoint.tokenizer, [request.args for request in requests])
     choices: dict[tuple[int, ...], list[list[int]]] = {}
     for one in encoded:
         choices.setdefault(tuple(one.context), []).append(one.continuation)
     rows = _scorer._laid_out([Question(c, some) for c, some in choices.items()], 1 << 20, packed=True)
     size = _forward.TOKENS_PER_BATCH["cpu"]
-    ours = sum(len(b) * int(rows.n_input[b].max()) for b in _forward.batches(rows.n_input, size))
+    groups = plan(rows.tokens, rows.n_context - 1)
+    ours = sum(group.n_shared for group in groups)
+    for group in groups:
+        todo = _scorer._batches_of(rows, group, size, torch.device("cpu"))
+        ours += sum(len(b) * (int(rows.n_input[b].max()) - group.n_shared) for b in todo)
     head = len(set(zip(rows.row.tolist(), rows.place.tolist(), strict=True)))
     lengths = sorted((len(ids) for ids in {tuple(e.context + e.continuation[:-1]) for e in encoded}), reverse=True)
     stock = {
@@ -196,8 +205,13 @@ def count(arguments: argparse.Namespace, checkpoint: Checkpoint, name: str) -> d
     least = min(stock.values())
     print(f"\n{name}, {arguments.questions} questions: ", end="")
     print(f"positions through the layers {ours:,}, through the head {head:,}; ", end="")
-    print(f"lm-eval {least:,} through both: {least / ours:.2f} and {least / head:.1f} times as many")
-    return {"layers": ours, "head": head, "lm-eval": stock}
+    print(f"lm-eval {least:,} through both: {least / ours:.2f} and {least / head:.1f} times as many; ", end="")
+    in_head = checkpoint.model.get_output_embeddings().weight.numel()
+    in_layers = sum(p.numel() for p in checkpoint.model.base_model.parameters() if p.ndim == 2)
+    in_layers -= checkpoint.model.get_input_embeddings().weight.numel()
+    ratio = least * (in_layers + in_head) / (ours * in_layers + head * in_head)
+    print(f"{ratio:.2f} times the operations")
+    return {"layers": ours, "head": head, "lm-eval": stock, "operations_ratio": ratio}
 
 
 def multiple_choice(arguments: argparse.Namespace, checkpoint: Checkpoint, name: str) -> dict[str, Any]:
@@ -206,7 +220,7 @@ def multiple_choice(arguments: argparse.Namespace, checkpoint: Checkpoint, name:
 
     from clbench.eval._lm import ClbenchLM
 
-    requests = requests_of(configuration(name, arguments.questions))
+    requests = requests_of(configuration(name, arguments.questions, arguments.shots))
 
     def stock(size: int) -> Any:
         lm = HFLM(pretrained=checkpoint.model, tokenizer=copy.deepcopy(checkpoint.tokenizer), batch_size=size)
@@ -255,7 +269,7 @@ def outside(arguments: argparse.Namespace, checkpoint: Checkpoint, name: str) ->
     from clbench.eval._tasks import as_task, run_tasks
 
     with ready():
-        task = as_task(configuration(name, arguments.questions))
+        task = as_task(configuration(name, arguments.questions, arguments.shots))
     lm, inside = ClbenchLM(checkpoint), InModel(checkpoint.model)
     run_tasks(lm, [task])
     with inside.counted():
@@ -295,6 +309,7 @@ def main() -> None:
         "--sets", nargs="*", default=["arc-easy", "hellaswag"], help="sets of suite general, or made-up"
     )
     parser.add_argument("--questions", type=int, default=100, help="of each set")
+    parser.add_argument("--shots", type=int, default=0, help="worked examples before each question")
     parser.add_argument("--documents", type=int, default=40, help="whole texts; 0 leaves rolling perplexity out")
     parser.add_argument("--track", default="codedocs-nano", help="whose held-out documents are read")
     parser.add_argument("--matrix", help="a track whose full matrix is timed")

@@ -26,6 +26,8 @@ TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 32768}
 """Padded positions in one forward pass; on a CPU the activations should stay in the last-level cache."""
 HEAD_CHUNK = {"cpu": 512, "cuda": 4096}
 """Positions whose logits exist at one time: ``[chunk, V]`` floats instead of ``[W, T, V]``."""
+PADDING = {"cpu": 32, "cuda": 4096}
+"""Positions of padding from which on another forward pass is cheaper."""
 ENCODE_CHUNK = 1000
 """Texts given to a tokenizer in one call."""
 
@@ -72,19 +74,22 @@ def encode_texts(tokenizer: Any, texts: Iterable[str]) -> dict[str, list[int]]:
     return found
 
 
-def batches(n_input: IntArray, tokens_per_batch: int) -> list[IntArray]:
+def batches(n_input: IntArray, tokens_per_batch: int, device: torch.device) -> list[IntArray]:
     """Sort rows by length, longest first (lack of memory shows at once), into batches of about equal size.
 
     Returns:
-        Indices of rows, one array a batch; rows x longest row is at most ``tokens_per_batch``, unless
-        one row alone is longer.
+        Indices of rows, one array a batch; rows x longest row is at most ``tokens_per_batch``, unless one row alone is
+        longer, and at most ``PADDING`` more than the rows' own positions.
     """
+    padding = PADDING.get(device.type, PADDING["cuda"])
     order = np.argsort(-n_input, kind="stable")
-    found, start = [], 0
+    lengths, found, start = n_input[order], [], 0
     while start < len(order):
-        n_rows = max(1, tokens_per_batch // int(n_input[order[start]]))
-        found.append(order[start : start + n_rows])
-        start += n_rows
+        longest = int(lengths[start])
+        rows = lengths[start : start + max(1, tokens_per_batch // longest)]
+        end = start + int(np.searchsorted(np.cumsum(longest - rows), padding, side="right"))
+        found.append(order[start:end])
+        start = end
     return found
 
 

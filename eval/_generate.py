@@ -1,15 +1,17 @@
 """Greedy generation with a model's cache: many prompts at once, each as if it were alone.
 
 Prompts are padded on the left, masked, and counted from their own first token, so that a continuation does not depend
-on its neighbours (up to rounding, which decides only where two tokens are equally likely). Finished rows leave
-the batch. Whether a model can be run so is found out by trying: one whose padded or cached states differ from plain
-ones runs prompts of one length together, or without a cache. Letters: W rows, T positions, V vocabulary.
+on its neighbours (up to rounding, which decides only where two tokens are equally likely). What many prompts begin
+with, as worked examples, is computed once (``_prefix``). Finished rows leave the batch. Whether a model can be run so
+is found out by trying: one whose padded or cached states differ from plain ones runs prompts of one length together, or
+without a cache. Letters: W rows, T positions, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +28,7 @@ from clbench.eval._forward import (
     undisturbed,
     vocabulary_size,
 )
+from clbench.eval._prefix import Beginning, Group, plan
 from clbench.suite import Checkpoint
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ def generate(
     too_long: Literal["cut", "refuse"] = "cut",
     names: Sequence[str] | None = None,
     cached: bool = True,
+    tally: Counter[tuple[int, int]] | None = None,
 ) -> list[str]:
     """Return the most likely continuation of every prompt, token by token, up to a stop.
 
@@ -60,6 +64,7 @@ def generate(
         too_long: what becomes of a prompt without room behind it: ``cut`` from the left as lm-eval does, or an error.
         names: what to call each prompt in an error; its number when not given.
         cached: False computes the whole text again for every token: the plain way that the cache must agree with.
+        tally: counts, where given, prompts that went through the model by (positions computed, positions seen).
 
     Returns:
         The continuations without what ended them, special tokens left out, in the order of the prompts.
@@ -79,13 +84,20 @@ def generate(
     writer = _Writer(checkpoint, tuple(stop), max_new_tokens)
     with undisturbed(checkpoint.model, checkpoint.device):
         way = _way(checkpoint, ids) if cached else _Way(head_is_all=False, padded=False, cached=False)
-        todo = _batches(ids, batch_rows or BATCH_ROWS.get(checkpoint.device.type, BATCH_ROWS["cuda"]), way)
+        n_rows = batch_rows or BATCH_ROWS.get(checkpoint.device.type, BATCH_ROWS["cuda"])
+        groups = _groups(checkpoint, ids, way)
         with progress("generation", len(prompts)) as advance:
-            for batch in todo:
-                texts = writer.write([ids[n] for n in batch], [called[n] for n in batch], way)
-                for n, text in zip(batch, texts, strict=True):
-                    found[n] = text
-                advance(len(batch))
+            for group in groups:
+                start = _begin(checkpoint, ids, group)
+                for batch in _batches(ids, group.rows, n_rows, way):
+                    texts = writer.write([ids[n] for n in batch], [called[n] for n in batch], way, start)
+                    for n, text in zip(batch, texts, strict=True):
+                        found[n] = text
+                    advance(len(batch))
+    if tally is not None:
+        for group in groups:
+            tally.update([(group.n_shared, group.n_shared)] if group.n_shared else [])
+            tally.update((len(ids[n]) - group.n_shared, len(ids[n])) for n in group.rows)
     return found
 
 
@@ -98,9 +110,9 @@ class _Way:
     cached: bool
 
 
-def _batches(ids: list[list[int]], n_rows: int, way: _Way) -> list[list[int]]:
-    """Return the numbers of the prompts of every batch, longest first; of one length each where padding is no way."""
-    order = sorted(range(len(ids)), key=lambda n: (-len(ids[n]), n))
+def _batches(ids: list[list[int]], some: list[int], n_rows: int, way: _Way) -> list[list[int]]:
+    """Return some prompts' numbers, batch by batch, longest first; of one length each where padding is no way."""
+    order = sorted(some, key=lambda n: (-len(ids[n]), n))
     groups = [order] if way.padded else [list(same) for _, same in groupby(order, key=lambda n: len(ids[n]))]
     return [group[start : start + n_rows] for group in groups for start in range(0, len(group), n_rows)]
 
@@ -115,14 +127,14 @@ class _Writer:
         self.max_new_tokens = max_new_tokens
         self.end_ids = _end_ids(checkpoint)
 
-    def write(self, ids: list[list[int]], names: list[str], way: _Way) -> list[str]:
-        """Return the continuations of one batch."""
+    def write(self, ids: list[list[int]], names: list[str], way: _Way, start: Beginning | None) -> list[str]:
+        """Return the continuations of one batch of prompts, all of them with the given beginning."""
         import torch
 
         written: list[list[int]] = [[] for _ in ids]
         alive = list(range(len(ids)))
         with torch.inference_mode(), precision(self.checkpoint):
-            runner = _Runner(self.checkpoint, way, ids)
+            runner = _Runner(self.checkpoint, way, ids, start)
             for _ in range(self.max_new_tokens):
                 logits_WV = runner.logits()
                 _check_finite(logits_WV, [names[row] for row in alive])
@@ -157,16 +169,23 @@ class _Writer:
 class _Runner:
     """Logits of the next token of every living row, with or without a cache."""
 
-    def __init__(self, checkpoint: Checkpoint, way: _Way, ids: list[list[int]]) -> None:
+    def __init__(self, checkpoint: Checkpoint, way: _Way, ids: list[list[int]], start: Beginning | None) -> None:
         import torch
 
         self.model: Any = checkpoint.model
         self.way, self.device = way, checkpoint.device
         self.cache: Any = None
         self.cache_name = ""
-        width = max(len(row) for row in ids)
-        self.input_WT = torch.tensor([[0] * (width - len(row)) + row for row in ids], device=self.device)
-        self.mask_WT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=self.device)
+        self.n_cached = 0
+        """Columns whose keys and values the cache holds."""
+        if start is not None:
+            self.cache_name, self.cache = start.grown(len(ids))
+            self.n_cached = start.n_shared
+        n, width = self.n_cached, max(len(row) for row in ids)
+        rows = [[*row[:n], *[0] * (width - len(row)), *row[n:]] for row in ids]
+        self.input_WT = torch.tensor(rows, device=self.device)
+        mask = [[1] * n + [0] * (width - len(row)) + [1] * (len(row) - n) for row in ids]
+        self.mask_WT = torch.tensor(mask, device=self.device)
 
     def logits(self) -> torch.Tensor:
         """Return float32 ``[W, V]``."""
@@ -176,7 +195,7 @@ class _Runner:
 
     def states(self) -> torch.Tensor:
         """Return the last hidden state (or logits) of every row, ``[W, D or V]``."""
-        n_new = 1 if self.cache is not None else self.input_WT.shape[1]
+        n_new = self.input_WT.shape[1] - self.n_cached
         arguments: dict[str, Any] = {"input_ids": self.input_WT[:, -n_new:]}
         if not bool(self.mask_WT.all()):
             arguments["attention_mask"] = self.mask_WT
@@ -189,6 +208,7 @@ class _Runner:
             # transformers 5.24 renamed it, inputs and outputs alike
             self.cache_name = "cache" if "cache" in output else "past_key_values"
             self.cache = getattr(output, self.cache_name)
+            self.n_cached = self.input_WT.shape[1]
         states: torch.Tensor = (output.last_hidden_state if self.way.head_is_all else output.logits)[:, -1]
         return states
 
@@ -232,9 +252,45 @@ def _way(checkpoint: Checkpoint, ids: list[list[int]]) -> _Way:
     return _Way(head_is_all=fast, padded=False, cached=False)
 
 
-def _two_states(checkpoint: Checkpoint, way: _Way, ids: list[list[int]]) -> list[torch.Tensor]:
+def _groups(checkpoint: Checkpoint, ids: list[list[int]], way: _Way) -> list[Group]:
+    """Return which prompts begin alike, where the model is found to go on from kept keys and values as from text."""
+    import torch
+
+    alone = [Group(n_shared=0, rows=list(range(len(ids))))]
+    if not (way.padded and way.cached):
+        return alone
+    groups = plan([np.array(row, np.int32) for row in ids], np.array([len(row) - 1 for row in ids], np.int64))
+    if not any(group.n_shared for group in groups):
+        return alone
+    widest = max(groups, key=lambda group: group.n_shared)
+    rows = sorted(widest.rows, key=lambda n: -len(ids[n]))
+    longest, shortest = ids[rows[0]], ids[rows[-1]]
+    with torch.inference_mode():
+        plain = _two_states(checkpoint, replace(way, padded=False, cached=False), [shortest])
+        try:
+            start = Beginning(checkpoint.model, np.array(shortest[: widest.n_shared], np.int32), checkpoint.device)
+            found = _two_states(checkpoint, way, [longest, shortest], start)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, NotImplementedError):
+            return alone
+    return groups if all(_near(a[-1], b[-1]) for a, b in zip(found, plain, strict=True)) else alone
+
+
+def _begin(checkpoint: Checkpoint, ids: list[list[int]], group: Group) -> Beginning | None:
+    """Compute what the prompts of a group begin with."""
+    import torch
+
+    if not group.n_shared:
+        return None
+    tokens = np.array(ids[group.rows[0]][: group.n_shared], np.int32)
+    with torch.inference_mode(), precision(checkpoint):
+        return Beginning(checkpoint.model, tokens, checkpoint.device)
+
+
+def _two_states(
+    checkpoint: Checkpoint, way: _Way, ids: list[list[int]], start: Beginning | None = None
+) -> list[torch.Tensor]:
     """Return the states after the prompts, and after one more token (the last one again), of the last row only."""
-    runner = _Runner(checkpoint, way, ids)
+    runner = _Runner(checkpoint, way, ids, start)
     first = runner.states()
     if way.cached and not hasattr(runner.cache, "batch_select_indices"):
         raise NotImplementedError("no cache whose rows can be dropped")

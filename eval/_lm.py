@@ -87,14 +87,14 @@ class ClbenchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         self.tokens_per_batch, self.batch_rows, self.packed = tokens_per_batch, batch_rows, packed
         self.notes: list[Note] = []
         """One a request of the last call."""
-        self.n_input: Counter[int] = Counter()
-        """Rows without padding that went through the model so far, by their number of tokens."""
+        self.n_input: Counter[tuple[int, int]] = Counter()
+        """Rows without padding that went through the model so far, by (positions computed, positions seen)."""
 
     def flops(self) -> float:
         """Return the floating-point operations of everything scored so far, padding and generated tokens left out."""
         return sum(
-            model_forward_flops(self.checkpoint.model, n_tokens=length * count, length=length)
-            for length, count in self.n_input.items()
+            model_forward_flops(self.checkpoint.model, n_tokens=n * count, length=length)
+            for (n, length), count in self.n_input.items()
         )
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -126,7 +126,6 @@ class ClbenchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             places.setdefault(tuple(context), []).append(place)
         questions = [Question(context, [requests[p][2] for p in found]) for context, found in places.items()]
         names = [_name_of(requests[found[0]][0]) for found in places.values()]
-        self.n_input.update(min(self.max_length, _n_input(question)) for question in questions)
         scored = choice_nats(
             self.checkpoint,
             questions,
@@ -134,6 +133,7 @@ class ClbenchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             max_length=self.max_length,
             packed=self.packed,
             names=names,
+            tally=self.n_input,
         )
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for found, (nats, greedy) in zip(places.values(), scored, strict=True):
@@ -147,7 +147,9 @@ class ClbenchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         ids_of = encode_texts(self.tokenizer, texts)
         self.notes = [Note(len(ids_of[text])) for text in texts]
         self.n_input.update(
-            end - start for text in texts for start, end, _ in rolling_windows(len(ids_of[text]), self.max_length)
+            (end - start, end - start)
+            for text in texts
+            for start, end, _ in rolling_windows(len(ids_of[text]), self.max_length)
         )
         return list(
             rolling_nats(
@@ -164,7 +166,6 @@ class ClbenchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         """Return the continuation of every prompt; requests of equal settings go together."""
         found: list[str] = [""] * len(requests)
         ids_of = encode_texts(self.tokenizer, [request.args[0] for request in requests])
-        self.n_input.update(len(ids_of[request.args[0]]) for request in requests)
         self.notes = [Note(0, max(0, len(ids_of[r.args[0]]) - self._room(r.args[1]))) for r in requests]
         groups: list[tuple[dict[str, Any], list[int]]] = []
         for place, request in enumerate(requests):
@@ -198,12 +199,15 @@ class ClbenchLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             batch_rows=self.batch_rows,
             max_length=self.max_length,
             names=[f"the prompt that ends with {prompt[-60:]!r}" for prompt in prompts],
+            tally=self.n_input,
         )
 
     def _generate_as_lm_eval(self, requests: list[Any], settings: dict[str, Any]) -> list[str]:
         """Let lm-eval generate (sampling, beams), from a seed of its own; the random states come back."""
         import torch
 
+        ids_of = encode_texts(self.tokenizer, [request.args[0] for request in requests])
+        self.n_input.update((len(ids_of[request.args[0]]),) * 2 for request in requests)
         with undisturbed(self.model, self.checkpoint.device), torch.inference_mode():
             torch.manual_seed(seeds.derive(0, "generate", repr(sorted(settings.items(), key=str))) % 2**63)
             texts: list[str] = super().generate_until(requests, disable_tqdm=True)
@@ -215,11 +219,6 @@ def _name_of(pair: Any) -> str:
     if isinstance(pair, tuple) and pair and isinstance(pair[0], str):
         return f"the question that ends with {pair[0][-60:]!r}"
     return "a question"
-
-
-def _n_input(question: Question) -> int:
-    """Return the tokens of a question in one row."""
-    return len(question.context) + sum(len(choice) - 1 for choice in question.choices)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -5,6 +5,7 @@ Importing this imports lm-eval.
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 from collections.abc import Iterator
@@ -73,13 +74,33 @@ def _kept_states() -> Iterator[None]:
 
 @contextmanager
 def _compiled_templates() -> Iterator[None]:
-    """Compile every template once, in Jinja's sandbox; lm-eval compiles it anew for every field of every document."""
+    """Compile every template once, in Jinja's sandbox, and fill it in once for every document.
+
+    lm-eval compiles it anew for every field of every document, and asks for a document's choices several times, for
+    a worked example before every question.
+    """
     original = utils.apply_template
-    utils.apply_template = lambda template, doc: _compiled(template).render(**doc)
+    filled: dict[tuple[str, int], tuple[Any, Any, str]] = {}
+
+    def apply_template(template: str, doc: dict[str, Any]) -> str:
+        known = filled.get(key := (template, id(doc)))
+        if known is None or known[0] is not doc or not _same(known[1], doc):  # another at its address, or changed
+            known = filled[key] = (doc, copy.deepcopy(doc), _compiled(template).render(**doc))
+        return known[2]
+
+    utils.apply_template = apply_template
     try:
         yield
     finally:
         utils.apply_template = original
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Say whether two documents are surely equal; arrays in them do not say."""
+    try:
+        return bool(one == other)
+    except ValueError:
+        return False
 
 
 @cache

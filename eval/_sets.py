@@ -13,7 +13,7 @@ import fnmatch
 import importlib.util
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -233,8 +233,19 @@ class QuestionSet:
         """
         if n_items is None or n_items >= len(self.records):
             return self.records
-        order = sorted(range(len(self.records)), key=lambda i: _hashed(self.name, self.records[i]["id"]))
-        return [self.records[i] for i in sorted(order[:n_items])]
+        return [self.records[i] for i in sorted(self._order()[:n_items])]
+
+    def apart(self, n_shots: int) -> tuple[QuestionSet, list[Record]]:
+        """Return the set without its ``n_shots`` last records by hashed name, and these: worked examples for the rest.
+
+        Every choice has the same examples, and none asks one of them.
+        """
+        last = self._order()[len(self.records) - n_shots :]
+        rest = [record for i, record in enumerate(self.records) if i not in set(last)]
+        return replace(self, records=rest), [self.records[i] for i in last]
+
+    def _order(self) -> list[int]:
+        return sorted(range(len(self.records)), key=lambda i: _hashed(self.name, self.records[i]["id"]))
 
 
 def _hashed(name: str, item: str) -> str:
@@ -297,16 +308,25 @@ def templates_folder() -> Path:
     return Path(spec.origin).parent / "tasks"
 
 
-def task_config(name: str, records: Sequence[Record]) -> dict[str, Any]:
+def takes_shots(name: str) -> bool:
+    """Say whether worked examples can be put before a set's questions: it is not a text, and has none of its own."""
+    task = pin(name).task
+    return task.get("output_type") != "loglikelihood" and "fewshot_config" not in task
+
+
+def task_config(name: str, records: Sequence[Record], shots: Sequence[Record] = ()) -> dict[str, Any]:
     """Return a set as the configuration of an lm-eval task on records in memory, as ``_tasks.as_task`` takes it.
 
-    Nothing is downloaded and no file of lm-eval is run.
+    Before each question stand the worked examples that the set has of its own, or ``shots``. Nothing is downloaded and
+    no file of lm-eval is run.
     """
     config = {"task": name, "metadata": {"version": 1}, **copy.deepcopy(pin(name).task), "docs": list(records)}
     if (scores := config.pop("scores", None)) is not None:
         config["process_results"] = PROCESS_RESULTS[scores]
     if examples := _examples(name):
         config["fewshot_config"]["samples"] = examples
+    elif shots:
+        config |= {"num_fewshot": len(shots), "fewshot_config": {"sampler": "first_n", "samples": list(shots)}}
     return config
 
 

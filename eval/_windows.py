@@ -126,7 +126,7 @@ def window_nats(
             fast = bool(windows.tokens) and head_is_all(checkpoint.model, short_input(windows, device))
         if not fast:  # whole logits [W, T, V] then exist: keep them below a quarter of a gigabyte
             size = min(size, max(1, 2**26 // vocabulary_size(checkpoint.model)))
-        todo = batches(windows.n_input, size)
+        todo = batches(windows.n_input, size, device)
         with progress(what, int(windows.n_input.sum())) as advance, workers(device) as pool:
             for indices, nll_P in zip(todo, pool.map(score, todo), strict=True):
                 ends = np.cumsum(windows.n_scored[indices])

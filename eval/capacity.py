@@ -465,7 +465,7 @@ class _Runner:
         """Yield every batch of some windows, longest first; ``activity`` is of these windows afterwards."""
         self.activity = {}
         size = self.size if self.head_is_all(windows) else min(self.size, max(1, 2**26 // vocabulary_size(self.model)))
-        for rows in batches(windows.n_input, size):
+        for rows in batches(windows.n_input, size, self.device):
             batch = pad_windows(windows, rows, self.device)
             self.place_P = batch.place_P
             try:
@@ -590,7 +590,7 @@ def _gradient_batches(windows: Windows, tokens_per_batch: int, device: torch.dev
     from clbench.train.data import IGNORE
 
     found = []
-    for rows in batches(windows.n_input, tokens_per_batch):
+    for rows in batches(windows.n_input, tokens_per_batch, device):
         width = int(windows.n_input[rows].max())
         inputs, targets = np.zeros((len(rows), width), np.int64), np.full((len(rows), width), IGNORE, np.int64)
         for row, index in enumerate(rows):

@@ -279,7 +279,7 @@ def candidate_nats(checkpoint: Checkpoint, work: _Work, tokens_per_batch: int | 
     ):
         probe = torch.from_numpy(work.inputs[int(n_input.argmax())][None].astype(np.int64)).to(device)
         fast = head_is_all(checkpoint.model, probe)
-        todo = batches(n_input, size)
+        todo = batches(n_input, size, device)
         for rows in track(todo, "facts", console=stderr, transient=True, disable=not stderr.is_terminal):
             entries = np.concatenate([np.arange(first_entry[r], first_entry[r + 1]) for r in rows])
             nll = _score(checkpoint.model, work, rows, entries, device, fast=fast)

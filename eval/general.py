@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WHERE = "suite general"
 ALL = "all"
+MOST_SHOTS = 32
 
 
 class General(Suite):
@@ -43,6 +44,8 @@ class General(Suite):
         """Which, as `arc-easy+piqa`; `all` for all seventeen."""
         n_items: int | None = None
         """Questions of each set, instead of what `size` says; smaller choices are part of larger ones."""
+        shots: int = 0
+        """Worked examples before each question, always the same of the set; GSM8K keeps its own, LAMBADA has none."""
         tokens_per_batch: int | None = None
         """Positions in one forward pass; chosen by device when not given. Less needs less memory."""
 
@@ -54,6 +57,8 @@ class General(Suite):
     def __init__(self, stream: Stream | None = None, options: Options | None = None) -> None:
         super().__init__(stream, options)
         check_at_least_one(self.options, ("n_items", "tokens_per_batch"), WHERE)
+        if not 0 <= self.options.shots <= MOST_SHOTS:
+            raise ConfigError(f"shots must be 0 to {MOST_SHOTS}, not {self.options.shots}", where=WHERE)
         chosen = self.options.sets
         if not chosen or len({*chosen}) < len(chosen):
             raise ConfigError("sets must be given, each once", where=WHERE)
@@ -91,7 +96,8 @@ class General(Suite):
     def shard_sha256(self, shard: str) -> str:
         """Return the digest of a set's questions, how many and how they are asked, and the stream's tokenizer."""
         asked = [_sets.pin(shard).sha256, self.n_items(shard), _sets.task_sha256(shard)]
-        return digest_of([*asked, tokenizer_part(self.stream)])
+        shots = [{"shots": n}] if (n := self.n_shots(shard)) else []
+        return digest_of([*asked, *shots, tokenizer_part(self.stream)])
 
     def data_sha256(self) -> str:
         """Return the digest of all chosen sets."""
@@ -106,7 +112,11 @@ class General(Suite):
         """Return how many questions of a set are asked."""
         one = _sets.pin(shard)
         asked = one.n_small if self.options.size == "small" else one.n_items
-        return min(self.options.n_items or asked, one.n_items)
+        return min(self.options.n_items or asked, one.n_items - self.n_shots(shard))
+
+    def n_shots(self, shard: str) -> int:
+        """Return how many questions of a set are worked examples before each other one."""
+        return self.options.shots if _sets.takes_shots(shard) else 0
 
     def measure(self, checkpoint: Checkpoint) -> Rows:
         """Return the rows of all chosen sets; see ``measure_shard``."""
@@ -142,9 +152,10 @@ class General(Suite):
             from clbench.eval._lm_ready import ready
             from clbench.eval._tasks import as_task
 
-            records = _sets.open_set(shard).chosen(self.n_items(shard))
+            asked, shots = _sets.open_set(shard).apart(self.n_shots(shard))
             with ready():
-                self._tasks[shard] = as_task(_sets.task_config(shard, records))
+                config = _sets.task_config(shard, asked.chosen(self.n_items(shard)), shots)
+                self._tasks[shard] = as_task(config)
         return self._tasks[shard]
 
 

@@ -167,7 +167,7 @@ class Reasoning(Suite):
         )
 
     def flops(self, checkpoint: Checkpoint) -> float:
-        """Return the operations of prompts and answers, as if every answer took all of its room."""
+        """Return the operations of prompts and answers, as if each answer took all its room and nothing were shared."""
         from clbench.eval._forward import encode_texts
         from clbench.train.models import model_forward_flops
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -153,6 +154,16 @@ def test_the_eight_examples_stand_before_the_question() -> None:
     assert model.seen[0].endswith("Q: Two corks and two corks?\nA:")
 
 
+def test_a_worked_example_is_before_each_question_and_is_not_asked(tiny: Checkpoint) -> None:
+    one, other = records_of("arc-easy")
+    example, asked = sorted((one, other), key=lambda r: hashlib.sha256(f"arc-easy/{r['id']}".encode()).digest())[::-1]
+    rows = suite(sets=("arc-easy",), shots=1).measure(tiny)
+    assert set(rows.item) == {f"arc-easy/{asked['id']}"}
+    plain = values(suite(sets=("arc-easy",)).measure(tiny))
+    assert values(rows)["gold_nats"] != {item: plain["gold_nats"][item] for item in set(rows.item)}
+    assert example["id"] not in str(rows.item)
+
+
 def test_parts_joined_are_the_whole_and_nothing_is_left_behind(tiny: Checkpoint) -> None:
     both = suite(sets=("piqa", "copa"))
     tiny.model.train()
@@ -183,6 +194,9 @@ def test_what_changes_values_changes_the_address(monkeypatch: pytest.MonkeyPatch
     assert suite(sets=("piqa",), n_items=1).shard_sha256("piqa") != all_of_it.shard_sha256("piqa")
     assert suite(sets=("piqa",), n_items=2).shard_sha256("piqa") == all_of_it.shard_sha256("piqa")  # there are two
     before = all_of_it.shard_sha256("piqa")
+    assert suite(sets=("piqa",), shots=1).shard_sha256("piqa") != before
+    for name in ("gsm8k", "lambada"):  # these keep what they have
+        assert suite(sets=(name,), shots=1).shard_sha256(name) == suite(sets=(name,)).shard_sha256(name)
     changed = _sets.pin("piqa").model_copy(update={"task": {**_sets.pin("piqa").task, "doc_to_text": "{{goal}}"}})
     monkeypatch.setitem(_sets.collection().sets, "piqa", changed)
     assert all_of_it.shard_sha256("piqa") != before
@@ -224,7 +238,7 @@ def test_prepare_tells_the_licences(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_list_tells_them_too() -> None:
     (entry,) = listing("suites", Path("runs"), name="general")["suites"]
     assert {one["name"]: one["licence"] for one in entry["sources"]} == {k: v.licence for k, v in REAL.sets.items()}
-    assert [one["name"] for one in entry["options"]] == ["size", "sets", "n_items", "tokens_per_batch"]
+    assert [one["name"] for one in entry["options"]] == ["size", "sets", "n_items", "shots", "tokens_per_batch"]
 
 
 # --- bad input
@@ -237,6 +251,7 @@ def test_the_list_tells_them_too() -> None:
         ({"sets": ("piqa", "piqa")}, ConfigError, "each once"),
         ({"sets": ()}, ConfigError, "each once"),
         ({"n_items": 0}, ConfigError, "n_items must be at least 1, not 0"),
+        ({"shots": -1}, ConfigError, "shots must be 0 to 32, not -1"),
         ({"tokens_per_batch": 0}, ConfigError, "tokens_per_batch must be at least 1"),
     ],
 )

@@ -93,7 +93,7 @@ def llama(**changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
 
 
-def gemma2() -> Gemma2ForCausalLM:
+def gemma2(max_position_embeddings: int = CONTEXT) -> Gemma2ForCausalLM:
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=VOCABULARY,
@@ -104,7 +104,7 @@ def gemma2() -> Gemma2ForCausalLM:
         num_key_value_heads=2,
         head_dim=8,
         sliding_window=6,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=max_position_embeddings,
         final_logit_softcapping=3.0,
         initializer_range=0.5,
         pad_token_id=None,
@@ -112,10 +112,10 @@ def gemma2() -> Gemma2ForCausalLM:
     return Gemma2ForCausalLM(config).eval()
 
 
-def gpt2() -> GPT2LMHeadModel:
+def gpt2(n_positions: int = CONTEXT) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, initializer_range=0.3
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=n_positions, initializer_range=0.3
     )
     return GPT2LMHeadModel(config).eval()
 

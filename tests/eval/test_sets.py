@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,13 +234,17 @@ def test_smaller_choices_are_part_of_larger_ones() -> None:
         assert {r["id"] for r in found} == {r["id"] for r in order[:n]}
         assert found == sorted(found, key=lambda r: int(r["id"]))
     assert questions.chosen(None) == questions.chosen(99) == records
+    rest, examples = questions.apart(3)
+    assert examples == order[-3:] and rest.records == [r for r in records if r not in examples]
+    assert rest.chosen(30) == questions.chosen(30)  # fewer questions than are left are the same ones
+    assert questions.apart(0) == (questions, [])
 
 
 # --- prompts
 
 
-def stock_task(name: str, records: list[dict[str, Any]]) -> Any:
-    """lm-eval's own task out of its own file, on the same records."""
+def stock_task(name: str, records: list[dict[str, Any]], shots: Sequence[dict[str, Any]] = ()) -> Any:
+    """lm-eval's own task out of its own file, on the same records, with the given questions worked before each."""
     import datasets
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -251,7 +256,10 @@ def stock_task(name: str, records: list[dict[str, Any]]) -> Any:
         def download(self, *_: Any, **__: Any) -> None:
             self.dataset = {"test": datasets.Dataset.from_list(records)}
 
-    return Local(config={k: v for k, v in config.items() if k not in ours} | {"test_split": "test"})
+    more: dict[str, Any] = {"test_split": "test"}
+    if shots:
+        more |= {"num_fewshot": len(shots), "fewshot_config": {"sampler": "first_n", "samples": list(shots)}}
+    return Local(config={k: v for k, v in config.items() if k not in ours} | more)
 
 
 def rendered(task: Any) -> list[Any]:
@@ -279,6 +287,27 @@ def check_prompts(name: str, records: list[dict[str, Any]]) -> None:
     assert ours.aggregation() == stock.aggregation()
     assert ours._metric_fn_kwargs == stock._metric_fn_kwargs
     assert [f.name for f in ours._filters] == [f.name for f in stock._filters]
+
+
+@pytest.mark.parametrize("name", [name for name in SETS if _sets.takes_shots(name) and name != "squad"])
+def test_worked_examples_are_put_as_lm_eval_puts_them(name: str) -> None:
+    records = records_of(name)
+    if name == "mmlu":  # lm-eval has a file a subject
+        records = [{**record, "subject": "anatomy"} for record in records]
+    ours = as_task(_sets.task_config(name, records, records[:1] * 2))
+    assert rendered(ours) == rendered(stock_task(name, records, records[:1] * 2))
+
+
+def test_a_prompt_with_a_worked_example_by_hand() -> None:
+    asked, example = records_of("arc-easy")
+    task = as_task(_sets.task_config("arc-easy", [asked], [example]))
+    assert rendered(task)[0][0][1] == (
+        "Question: Question: is ice cold?\nAnswer: yes\n\nQuestion: Which of these\u2028floats?\nAnswer:"
+    )
+
+
+def test_texts_and_sets_with_examples_of_their_own_take_no_others() -> None:
+    assert [name for name in SETS if not _sets.takes_shots(name)] == ["lambada", "gsm8k"]
 
 
 def check_squad_prompts(records: list[dict[str, Any]]) -> None:

@@ -328,6 +328,21 @@ def test_other_ways_to_run_code_are_refused(tmp_path: Path, change: dict[str, An
         load_tasks(["choice"], include_path=folder)
 
 
+def test_a_template_is_filled_in_once_for_a_document_and_again_when_it_changed() -> None:
+    from lm_eval import utils
+
+    filled: list[str] = []
+    doc = {"q": "one", "a": np.arange(3), "note": lambda: filled.append("x") or len(filled)}
+    plain = {key: doc[key] for key in ("q", "note")}
+    with _lm_ready.ready():
+        for one in (plain, plain, dict(plain)):
+            utils.apply_template("{{ q }} {{ note() }}", one)
+        assert len(filled) == 2
+        plain["q"] = "two"
+        assert utils.apply_template("{{ q }} {{ note() }}", plain) == "two 3"
+        assert [utils.apply_template("{{ q }} {{ note() }}", doc) for _ in range(2)] == ["one 4", "one 5"]  # an array
+
+
 def test_templates_run_in_a_sandbox(tmp_path: Path) -> None:
     escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(ConfigError, match=r"template.*unsafe"):
