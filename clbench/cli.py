@@ -371,17 +371,22 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write one self-contained page about one run or several side by side."""
-    from clbench import registry
+    from clbench import listing, registry
+    from clbench.results import capacity, summary
     from clbench.results.store import find_runs
 
     stores = find_runs(runs)
     if not stores:
         raise ConfigError("no run in these folders", where=", ".join(map(str, runs)), mend="run `clbench run` first")
     path = registry.tool("report").build_report(stores, out)
+    begun = [store for store in stores if store.stages_done()]
+    track = str(begun[0].config()["track"].get("name", "?"))
+    found = [capacity.of_runs(label, track, group) for label, group in summary.group_runs(begun).items()]
     if as_json:
-        print_json({"report": str(path), **_numbers(stores)})
+        print_json({"report": str(path), **_numbers(stores), "capacity": [one.as_dict() for one in found]})
     else:
         _show(stores, as_json=False)
+        listing.show_capacity(found)
         typer.echo(str(path))
 
 

@@ -19,10 +19,12 @@ from typing import Any
 from clbench import __version__
 from clbench.errors import ConfigError, IntegrityError
 from clbench.files import atomic_folder, write_text
-from clbench.leaderboard import charts, figures, view
+from clbench.leaderboard import capacity_parts, charts, figures, view
 from clbench.leaderboard.page import csv_text, json_text, render, slug
 from clbench.leaderboard.submission import Submissions, VerifiedEntry, read_submissions, require_folder
 from clbench.leaderboard.view import UNIT_NAMES, UNITS, MethodView
+from clbench.results.capacity import MAIN as MAIN_FIGURES
+from clbench.results.capacity import PER_RUN
 from clbench.results.metrics import MAIN
 from clbench.results.store import RunStore
 
@@ -163,6 +165,7 @@ def board_page(views: Sequence[MethodView], rows: list[dict[str, Any]], data: An
         periods={short: figures.methods_by_period(views, short, "board") for short in UNITS},
         max_lines=figures.MAX_LINES,
         differences=view.difference_rows(views) if len(views) > 1 else [],
+        capacity=capacity_parts.overview(views),
         difference_columns=view.columns_of(view.DIFFERENCES, track),
         reference=view.reference_of(views),
         unfinished=view.unfinished_lines(views),
@@ -199,6 +202,8 @@ def method_page(one: MethodView, views: Sequence[MethodView], downloads: Links, 
         caveat=view.caveat([one]),
         stages=view.stage_heads(one.summary),
         unfinished=view.unfinished_lines([one]),
+        capacity=capacity_parts.overview([one]),
+        course=capacity_parts.course([one.capacity]),
         downloads=downloads,
         raw=raw,
         **method_parts(one, "method"),
@@ -224,6 +229,7 @@ def board_data(views: Sequence[MethodView], rows: Sequence[Mapping[str, Any]]) -
                     for short, summary in one.summaries.items()
                 },
                 "matrices": {unit: matrix.as_dict() for unit, matrix in one.summary.matrices.items()},
+                "capacity": one.capacity.summary_dict(),
             }
             for one, row in zip(views, rows, strict=True)
         ],
@@ -237,6 +243,7 @@ def board_table(views: Sequence[MethodView], rows: Sequence[Mapping[str, Any]]) 
         for name in MAIN:
             if short == "nats" or views[0].summary.scores[name].unit != "ratio":
                 header += [f"{name}_{unit}{end}" for end in ("", "_low", "_high")]
+    header += [f"{key}{end}" for key in (*PER_RUN, *MAIN_FIGURES) for end in ("", "_low", "_high")]
     header += ["n_tokens", "flops", "seconds", "peak_memory_bytes", "stored_bytes", "status", "date"]
     table = []
     for one, row in zip(views, rows, strict=True):
@@ -246,6 +253,13 @@ def board_table(views: Sequence[MethodView], rows: Sequence[Mapping[str, Any]]) 
                 score = summary.scores[name]
                 if short == "nats" or score.unit != "ratio":
                     line += [score.value, score.low, score.high]
+        capacity = one.capacity
+        for key in PER_RUN:
+            value = capacity.estimate.per_run[key]
+            line += [value.value, value.low, value.high]
+        for key in MAIN_FIGURES:
+            value = capacity.figure(key, capacity.last)
+            line += [value.value, value.low, value.high]
         bill = one.summary.bill
         costs = [
             bill.n_tokens,
@@ -265,7 +279,8 @@ def write_figures(one: MethodView, folder: Path, prefix: str) -> Links:
         write_text(folder / f"matrix-{unit}.csv", csv_text(*view.matrix_csv(one, short)))
         names.append(f"matrix-{unit}.csv")
     write_text(folder / "summary.json", json_text({UNITS[s]: m.as_dict() for s, m in one.summaries.items()}))
-    return [(name, prefix + name) for name in (*names, "summary.json")]
+    write_text(folder / "capacity.json", json_text(one.capacity.as_dict()))
+    return [(name, prefix + name) for name in (*names, "summary.json", "capacity.json")]
 
 
 def copy_raw(one: MethodView, folder: Path, prefix: str) -> list[tuple[int, Links]]:
