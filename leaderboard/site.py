@@ -21,7 +21,7 @@ from clbench.errors import ConfigError, IntegrityError
 from clbench.files import atomic_folder, write_text
 from clbench.leaderboard import capacity_parts, charts, figures, view
 from clbench.leaderboard.page import csv_text, json_text, render, slug
-from clbench.leaderboard.submission import Submissions, VerifiedEntry, read_submissions, require_folder
+from clbench.leaderboard.submission import Submissions, VerifiedEntry, finder, read_submissions, require_folder
 from clbench.leaderboard.view import UNIT_NAMES, UNITS, MethodView
 from clbench.results.capacity import MAIN as MAIN_FIGURES
 from clbench.results.capacity import PER_RUN
@@ -52,7 +52,9 @@ def submissions_folder() -> Path:
     return Path(__file__).parent / "submissions"
 
 
-def build_site(sources: Iterable[Source], out: Path, *, submissions: Path | None = None) -> Site:
+def build_site(
+    sources: Iterable[Source], out: Path, *, submissions: Path | None = None, tracks: Sequence[Any] = ()
+) -> Site:
     """Write the pages of runs and verified entries.
 
     The folder appears whole or not at all; an earlier site is replaced, any other folder with files refused.
@@ -62,6 +64,7 @@ def build_site(sources: Iterable[Source], out: Path, *, submissions: Path | None
         out: the folder to write.
         submissions: a folder of entries to verify and show besides; None takes ``submissions_folder`` when there are
             no ``sources``, and otherwise nothing.
+        tracks: of the submissions, ``clbench.track.Track``s that do not come with clbench.
 
     Raises:
         ConfigError: nothing to show, or ``out`` holds something else.
@@ -70,17 +73,23 @@ def build_site(sources: Iterable[Source], out: Path, *, submissions: Path | None
     if submissions is None and given:
         entries = Submissions([], {})
     else:
-        entries = read_submissions(require_folder(submissions) if submissions else submissions_folder())
-    tracks = by_track([*given, *entries.accepted])
-    if not tracks:
-        raise ConfigError("there are no runs to show", mend="run `clbench run`, or give folders that hold runs")
+        folder = require_folder(submissions) if submissions else submissions_folder()
+        entries = read_submissions(folder, find=finder(tracks))
+    found = by_track([*given, *entries.accepted])
+    if not found:
+        refused = next((f"{name}: {lines[0]}" for name, lines in entries.rejected.items()), None)
+        raise ConfigError(
+            "there are no runs to show"
+            + (f"; {len(entries.rejected)} entries were refused, {refused}" if refused else ""),
+            mend="see `clbench leaderboard verify`" if refused else "run `clbench run`, or give folders that hold runs",
+        )
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARK).exists())):
         raise ConfigError("this folder holds something else than a site", where=out, mend="choose another folder")
     with atomic_folder(out) as folder:
         (folder / MARK).touch()
-        alone = len(tracks) == 1
+        alone = len(found) == 1
         cards = []
-        for name, members in tracks.items():
+        for name, members in found.items():
             views = view.method_views(members)
             home = folder if alone else folder / slug(name)
             write_track(views, home, home_link="../index.html" if not alone else "index.html")
