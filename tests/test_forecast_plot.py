@@ -56,6 +56,16 @@ def test_a_sweep_of_sizes_alone_has_sizes_on_its_axis(tmp_path: Path) -> None:
     assert "tokens a stage" not in said(tmp_path / "f.svg")
 
 
+def test_an_interval_that_would_flatten_the_rest_is_cut_and_its_bound_written(tmp_path: Path) -> None:
+    one = forecast(sweep(), (1e6, 1e6))
+    wide = replace(one.prediction, low=one.prediction.value - 0.01, high=271.0)
+    draw([replace(one, prediction=wide)], tmp_path / "f.svg")
+    texts = said(tmp_path / "f.svg")
+    assert "271" in texts
+    numbers = [float(text) for text in texts if text.replace(".", "").isdigit()]
+    assert sorted(numbers)[-2] < 10  # but for the bound, no tick is far from the losses
+
+
 @pytest.mark.parametrize("suffix", ["png", "pdf"])
 def test_too_small_a_sweep_says_why_there_is_no_line(tmp_path: Path, suffix: str) -> None:
     one = forecast(sweep()[:2], (1e6, 1e6))
