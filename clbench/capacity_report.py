@@ -19,10 +19,9 @@ from clbench.audit import track_of
 from clbench.base import open_stream
 from clbench.errors import ClbenchError, ConfigError
 from clbench.files import exclusive, write_json
-from clbench.results import capacity, clemc
-from clbench.results.capacity import FILE, FORMAT, SUITE, MethodCapacity, headlines_of, over_seeds
-from clbench.results.matrix import Array, Matrix, documents_of, finite_or_none, matrix_of, stage_indices
-from clbench.results.metrics import Value
+from clbench.results import clemc
+from clbench.results.capacity import FILE, FORMAT, SUITE, MethodCapacity, headlines_of, headlines_of_run, of_runs
+from clbench.results.matrix import Matrix, finite_or_none, matrix_of, stage_indices
 from clbench.results.predictors import RunFigures
 from clbench.results.store import RunStore
 from clbench.run_weights import BASE, release_of, stages_with_weights
@@ -61,7 +60,14 @@ def gather(
     tables, notes = _measured(stores, gradients=gradients, keep=keep, device=device, tell=tell) if measure else ({}, {})
     several = len({track for track, _ in groups}) > 1
     return [
-        _method(f"{label} · {track}" if several else label, track, group, tables, notes)
+        of_runs(
+            f"{label} · {track}" if several else label,
+            track,
+            group,
+            measured=tables,
+            notes=notes,
+            probes=[report for store in group for report in probe.kept_reports(store)],
+        )
         for (track, label), group in groups.items()
     ]
 
@@ -162,58 +168,6 @@ def _load(store: RunStore, stage: int, suite: Suite, device: str) -> Any:
     return release_of(store, stage, suite.stream, device).model
 
 
-def _method(
-    label: str,
-    track: str,
-    runs: Sequence[RunStore],
-    tables: Mapping[str, Mapping[int, pa.Table]],
-    notes: Mapping[str, Sequence[str]],
-) -> MethodCapacity:
-    """Bring the seeds of one method together."""
-    done = [set(store.stages_done()) for store in runs]
-    most = max(done, key=len)
-    kept = [store for store, stages in zip(runs, done, strict=True) if stages == most]
-    columns = stage_indices(kept[0])
-    seeds = [int(store.config()["seed"]) for store in kept]
-    documents = {seed: documents_of(store) for seed, store in zip(seeds, kept, strict=True)}
-    per_seed = {seed: found for seed, store in zip(seeds, kept, strict=True) if (found := _headlines(store, tables))}
-    said = [f"seed {store.config()['seed']}: {text}" for store in kept for text in notes.get(str(store.folder), ())]
-    said += [f"seed {s.config()['seed']} has fewer rows and is left out" for s in runs if s not in kept]
-    if len(per_seed) < len(kept):
-        said.append(f"the suite was measured for {len(per_seed)} of {len(kept)} seeds")
-    return MethodCapacity(
-        label=label,
-        track=track,
-        seeds=tuple(seeds),
-        stages={int(stage["index"]): str(stage["name"]) for stage in kept[0].config()["stages"]},
-        estimate=capacity.estimate_of(documents, columns, _oracle(kept[0], len(columns))),
-        headlines=over_seeds(per_seed),
-        probes=tuple(report for store in kept for report in probe.kept_reports(store)),
-        notes=tuple(said),
-    )
-
-
-def _headlines(store: RunStore, tables: Mapping[str, Mapping[int, pa.Table]]) -> dict[int, dict[str, Value]]:
-    """Return row -> key -> value of one run: measured now, else from its own rows or what was kept."""
-    if (measured := tables.get(str(store.folder))) is not None:
-        return {stage: headlines_of(rows, stage) for stage, rows in measured.items()}
-    return {
-        stage: {
-            key: Value(
-                np.array(np.nan if value is None else value), "undefined when measured" if value is None else None
-            )
-            for key, value in found.items()
-        }
-        for stage, found in capacity.kept_headlines(store).items()
-    }
-
-
-def _oracle(store: RunStore, n_columns: int) -> Array | None:
-    """Return the track's frozen oracle in nats per token, where it has one that fits."""
-    losses = (store.config()["track"].get("oracle") or {}).get("nats_per_token")
-    return None if losses is None or len(losses) != n_columns else np.asarray(losses, dtype=np.float64)
-
-
 def keep_headlines(store: RunStore, tables: Mapping[int, pa.Table]) -> None:
     """Write a run's figures into its folder.
 
@@ -256,7 +210,7 @@ def figures_of_runs(
     for store in finished:
         config, matrix = store.config(), matrix_of(store)
         figures = {row: _of_matrix(matrix, row) for row in matrix.row_stages}
-        for row, values in _headlines(store, tables).items():
+        for row, values in headlines_of_run(store, tables.get(str(store.folder))).items():
             figures.setdefault(row, {}).update({key: one.value for key, one in values.items()})
         split = clemc.capacity_of(matrix)  # W does not depend on a reference
         for row, value in zip(split.stages[1:], split.weight_driven.tolist(), strict=True):

@@ -55,6 +55,7 @@ app.add_typer(leaderboard_app, name="leaderboard")
 app.add_typer(mlflow_app, name="mlflow")
 
 UsageError: Any = typer.BadParameter.__base__  # click's; newer typers bring a click of their own
+OWN_TRACK = "Track of the entries that does not come with clbench: a YAML file; several are fine."
 NANO = "codedocs-nano"
 TrackOption = Annotated[
     str, typer.Option("--track", "-t", help="Track: a name (`clbench list tracks`) or a YAML file.")
@@ -371,17 +372,22 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write one self-contained page about one run or several side by side."""
-    from clbench import registry
+    from clbench import listing, registry
+    from clbench.results import capacity, summary
     from clbench.results.store import find_runs
 
     stores = find_runs(runs)
     if not stores:
         raise ConfigError("no run in these folders", where=", ".join(map(str, runs)), mend="run `clbench run` first")
     path = registry.tool("report").build_report(stores, out)
+    begun = [store for store in stores if store.stages_done()]
+    track = str(begun[0].config()["track"].get("name", "?"))
+    found = [capacity.of_runs(label, track, group) for label, group in summary.group_runs(begun).items()]
     if as_json:
-        print_json({"report": str(path), **_numbers(stores)})
+        print_json({"report": str(path), **_numbers(stores), "capacity": [one.as_dict() for one in found]})
     else:
         _show(stores, as_json=False)
+        listing.show_capacity(found)
         typer.echo(str(path))
 
 
@@ -392,6 +398,9 @@ def leaderboard_build(
         Path | None,
         typer.Option(help="Folder of packed entries.", show_default="the built-in ones where no runs are given"),
     ] = None,
+    track: Annotated[
+        list[str] | None, typer.Option("--track", "-t", help=OWN_TRACK, show_default="built-in ones")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the site.")] = Path("site"),
 ) -> None:
     """Write the leaderboard: an index and a page a method, self-contained HTML that works from a file."""
@@ -399,7 +408,8 @@ def leaderboard_build(
     from clbench.results.store import find_runs
 
     stores = find_runs(runs or [])
-    site = registry.tool("site").build_site(stores, out, submissions=submissions)
+    tracks = [registry.load_track(one) for one in track or []]
+    site = registry.tool("site").build_site(stores, out, submissions=submissions, tracks=tracks)
     for problem in site.rejected:
         console.warn(problem)
     typer.echo(str(site.index))
@@ -440,13 +450,17 @@ def leaderboard_pack(
 @leaderboard_app.command("verify")
 def leaderboard_verify(
     entries: Annotated[list[Path], typer.Argument(help="Entry folders.", show_default=False)],
+    track: Annotated[
+        list[str] | None, typer.Option("--track", "-t", help=OWN_TRACK, show_default="built-in ones")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check entries: schema, digests, protocol, every number recomputed. Exit code 2 when one fails."""
     from clbench import registry
 
-    verify = registry.tool("submission").verify
-    found = {str(entry): verify(entry) for entry in entries}
+    submission = registry.tool("submission")
+    find = submission.finder([registry.load_track(one) for one in track or []])
+    found = {str(entry): submission.verify(entry, track=find(entry.resolve().parent.name)) for entry in entries}
     if as_json:
         print_json(found)
     else:

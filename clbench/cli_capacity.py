@@ -331,7 +331,7 @@ def show_forecasts(found: Sequence[Forecast], left_out: Mapping[str, str]) -> No
         sizes = sorted({o.n_parameters for o in one.observations})
         console.print(f"{one.method}: {one.metric.replace('_', ' ')}", style="bold", soft_wrap=True)
         console.print(
-            f"  {len(one.observations)} runs, {len(budgets)} budgets, {len(sizes)} model sizes",
+            f"  {_count(one.observations, 'run')}, {_count(budgets, 'budget')}, {_count(sizes, 'model size')}",
             style="dim",
             soft_wrap=True,
         )
@@ -359,6 +359,11 @@ def show_forecasts(found: Sequence[Forecast], left_out: Mapping[str, str]) -> No
             )
     for folder, reason in left_out.items():
         console.print(f"left out: {folder}: {reason}", style="dim", soft_wrap=True)
+
+
+def _count(things: Sequence[object], name: str) -> str:
+    """Return how many there are: ``1 budget``, ``2 budgets``."""
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 # predictors

@@ -20,6 +20,7 @@ from clbench.results.store import RunStore, find_runs
 from clbench.specification import read_specification
 
 if TYPE_CHECKING:
+    from clbench.results.capacity import MethodCapacity
     from clbench.results.stats import Interval
     from clbench.results.summary import Comparison, Difference, MethodSummary, Score
     from clbench.results.tasks import StageTable
@@ -193,6 +194,38 @@ def show_summaries(summaries: Sequence[MethodSummary]) -> None:
         console.print(_differences_of(comparisons[start : start + columns]))
 
 
+def show_capacity(found: Sequence[MethodCapacity]) -> None:
+    """Print one column a method: what weights and new periods did to the forgetting cost, figures of base and last row.
+
+    Figures of the suite ``capacity`` are shown where some method has them.
+    """
+    from clbench.results.capacity import MAIN, PER_RUN
+
+    console = Console()
+    reference = {"oracle": "the oracle", "best_of_run": "the best of the run"}[found[0].estimate.reference]
+    measured = any(one.measured for one in found)
+    columns = max(1, (console.width - FIRST_COLUMN) // METHOD_COLUMN)
+    for start in range(0, len(found), columns):
+        shown = found[start : start + columns]
+        table = Table(title=f"Capacity: forgetting cost J, nats per token above {reference}", title_justify="left")
+        table.add_column("")
+        for one in shown:
+            table.add_column(one.label, justify="right", overflow="fold")
+        for key, (title, _) in PER_RUN.items():
+            table.add_row(title, *(interval(one.estimate.per_run[key]) for one in shown))
+        for key, (title, _) in MAIN.items() if measured else ():
+            table.add_row(title, *(_from_base(one, key) for one in shown))
+        console.print(table)
+    if measured:
+        console.print("Base → after the last stage; see `clbench capacity`.", style="dim", soft_wrap=True)
+
+
+def _from_base(one: MethodCapacity, key: str) -> str:
+    """Return a figure of the base and of the last row."""
+    base, last = (one.figure(key, row).value for row in (0, one.last))
+    return " → ".join(f"{value:.3f}" if math.isfinite(value) else "–" for value in (base, last))
+
+
 def _differences_of(comparisons: Sequence[Comparison]) -> Table:
     """Return a table of paired differences to one method: the same seeds, the same documents."""
     from clbench.results.metrics import METRICS
@@ -228,7 +261,7 @@ def _scores_of(summaries: Sequence[MethodSummary]) -> Table:
     return table
 
 
-def interval(score: Score | Difference) -> str:
+def interval(score: Score | Difference | Interval) -> str:
     """Return ``value [low, high]``, or a dash where it is undefined."""
     if not math.isfinite(score.value):
         return "–"

@@ -5,8 +5,6 @@ What it shows was measured by ``clbench.capacity_report`` and ``clbench.probe``;
 
 from __future__ import annotations
 
-import base64
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,18 +14,10 @@ from markupsafe import Markup
 from clbench.errors import ConfigError
 from clbench.files import write_text
 from clbench.leaderboard import charts
-from clbench.leaderboard.page import DASH, json_text, number
+from clbench.leaderboard.capacity_parts import MAX_METHODS, cell, data_of, interval_kinds, references, sections
+from clbench.leaderboard.page import DASH, number
 from clbench.leaderboard.site import page
-from clbench.results.capacity import COST, COSTS, HEADLINES, MethodCapacity
-from clbench.results.stats import Interval
-
-MAX_METHODS = 8
-"""Lines of one chart; more cannot be told apart."""
-REFERENCES = {
-    "oracle": "the track's oracle, whose own noise is left out",
-    "best_of_run": "the least loss of any row of the same run",
-    "none": "nothing: plain losses",
-}
+from clbench.results.capacity import MethodCapacity
 
 
 def build_page(found: Sequence[MethodCapacity], out: Path) -> Path:
@@ -44,14 +34,13 @@ def build_page(found: Sequence[MethodCapacity], out: Path) -> Path:
 
 def capacity_page(found: Sequence[MethodCapacity]) -> str:
     """Return the page."""
-    data = json_text([one.as_dict() for one in found])
     return page(
         "capacity.html.j2",
         home=None,
         methods=[{"label": one.label, "index": place} for place, one in enumerate(found)],
         n_hidden=max(0, len(found) - MAX_METHODS),
-        references=sorted({REFERENCES[one.estimate.reference] for one in found}),
-        kinds=sorted({i.kind for one in found for v in one.estimate.per_stage.values() for i in v.values()} - {"none"}),
+        references=references(found),
+        kinds=interval_kinds(found),
         slopes=[(one.label, cell(one.estimate.per_run["slope"])) for one in found],
         sections=sections(found),
         probes=[
@@ -60,92 +49,8 @@ def capacity_page(found: Sequence[MethodCapacity]) -> str:
             for j, report in enumerate(one.probes)
         ],
         notes=[f"{one.label}: {note}" for one in found for note in one.notes],
-        download="data:application/json;base64," + base64.b64encode(data.encode()).decode(),
+        download=data_of(found),
     )
-
-
-def sections(found: Sequence[MethodCapacity]) -> list[dict[str, Any]]:
-    """Return name, charts and tables of every section that has a figure."""
-    titles: dict[str, dict[str, str]] = {COST: dict(COSTS)}
-    for headline in HEADLINES:
-        titles.setdefault(headline.section, {})[headline.key] = headline.title
-    made = []
-    for name, keys in titles.items():
-        there = {key: title for key, title in keys.items() if any(_finite(one.values(key)) for one in found)}
-        if there:
-            made.append(
-                {
-                    "name": name,
-                    "id": name.lower().replace(" ", "-"),
-                    "charts": [(title, stage_chart(found, key, title)) for key, title in there.items()],
-                    "tables": [stage_table(one, there) for one in found],
-                }
-            )
-    return made
-
-
-def _finite(values: Mapping[int, Interval]) -> dict[int, Interval]:
-    return {row: one for row, one in values.items() if math.isfinite(one.value)}
-
-
-def stage_chart(found: Sequence[MethodCapacity], key: str, title: str) -> Markup:
-    """Return one figure over the stages, a line a method."""
-    series, rows = [], dict[int, str]()
-    for place, one in enumerate(found[:MAX_METHODS]):
-        points = [
-            charts.Point(
-                x=float(row),
-                y=value.value,
-                y_interval=(value.low, value.high) if math.isfinite(value.low + value.high) else None,
-                note=f"{one.label}, {row_name(one, row)}: {number(value.value, 4)}",
-            )
-            for row, value in sorted(_finite(one.values(key)).items())
-        ]
-        rows |= {int(point.x): row_name(one, int(point.x)) for point in points}
-        series.append(charts.Series(name=one.label, points=points, index=place))
-    step = max(1, math.ceil(len(rows) / 4))
-    ticks = [(float(row), name) for i, (row, name) in enumerate(sorted(rows.items())) if i % step == 0]
-    room = 0.15 if len(rows) > 1 else 0.5
-    return charts.lines(
-        f"figure-{key.replace('_', '-')}",
-        f"{title} by stage",
-        "One line a method; bars are 95 % intervals where there are any.",
-        series,
-        charts.Axis(label="Checkpoint: base, then after each stage", ticks=ticks,
-                    bounds=(min(rows) - room, max(rows) + room)),
-        charts.Axis(label=title),
-        labels=False,
-        width=400,
-        height=260,
-    )  # fmt: skip
-
-
-def stage_table(one: MethodCapacity, titles: Mapping[str, str]) -> dict[str, Any]:
-    """Return the table of one method: a row a stage."""
-    columns = {key: one.values(key) for key in titles}
-    rows = sorted({row for values in columns.values() for row in values})
-    return {
-        "label": one.label,
-        "heads": list(titles.values()),
-        "rows": [(row_name(one, row), [cell(values.get(row)) for values in columns.values()]) for row in rows],
-    }
-
-
-def row_name(one: MethodCapacity, row: int) -> str:
-    """Return what a row is called."""
-    return "base" if row == 0 else one.stages.get(row, str(row))
-
-
-def cell(one: Interval | None) -> dict[str, str | None]:
-    """Return text and tooltip of a value, or the reason why there is none."""
-    if one is None:
-        return {"text": None, "tip": "not measured"}
-    if not math.isfinite(one.value):
-        return {"text": None, "tip": one.reason or "undefined"}
-    if not math.isfinite(one.low + one.high):
-        return {"text": number(one.value), "tip": one.reason or ""}
-    tip = f"95 %: {number(one.low)} to {number(one.high)}, {one.kind}"
-    return {"text": f"{number(one.value)} ± {number((one.high - one.low) / 2)}", "tip": tip}
 
 
 # probes

@@ -9,7 +9,7 @@ from typing import Any
 
 from clbench.errors import ConfigError
 from clbench.files import write_text
-from clbench.leaderboard import figures, view
+from clbench.leaderboard import capacity_parts, figures, view
 from clbench.leaderboard.page import csv_text, json_text
 from clbench.leaderboard.site import board_data, method_parts, page
 from clbench.leaderboard.view import UNITS, MethodView
@@ -56,6 +56,9 @@ def report_page(views: Sequence[MethodView]) -> str:
         tradeoff={short: figures.trade_off(views, short, None) for short in UNITS} if compared else {},
         periods={short: figures.methods_by_period(views, short, "report") for short in UNITS} if compared else {},
         max_lines=figures.MAX_LINES,
+        capacity=capacity_parts.overview(views),
+        course=capacity_parts.course([one.capacity for one in views]),
+        capacity_download=capacity_parts.data_of([one.capacity for one in views]),
         sections=[section(one, f"method-{place}") for place, one in enumerate(views, 1)],
         unfinished=view.unfinished_lines(views),
         data=board_data(views, rows),

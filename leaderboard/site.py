@@ -19,10 +19,12 @@ from typing import Any
 from clbench import __version__
 from clbench.errors import ConfigError, IntegrityError
 from clbench.files import atomic_folder, write_text
-from clbench.leaderboard import charts, figures, view
+from clbench.leaderboard import capacity_parts, charts, figures, view
 from clbench.leaderboard.page import csv_text, json_text, render, slug
-from clbench.leaderboard.submission import Submissions, VerifiedEntry, read_submissions, require_folder
+from clbench.leaderboard.submission import Submissions, VerifiedEntry, finder, read_submissions, require_folder
 from clbench.leaderboard.view import UNIT_NAMES, UNITS, MethodView
+from clbench.results.capacity import MAIN as MAIN_FIGURES
+from clbench.results.capacity import PER_RUN
 from clbench.results.metrics import MAIN
 from clbench.results.store import RunStore
 
@@ -50,7 +52,9 @@ def submissions_folder() -> Path:
     return Path(__file__).parent / "submissions"
 
 
-def build_site(sources: Iterable[Source], out: Path, *, submissions: Path | None = None) -> Site:
+def build_site(
+    sources: Iterable[Source], out: Path, *, submissions: Path | None = None, tracks: Sequence[Any] = ()
+) -> Site:
     """Write the pages of runs and verified entries.
 
     The folder appears whole or not at all; an earlier site is replaced, any other folder with files refused.
@@ -60,6 +64,7 @@ def build_site(sources: Iterable[Source], out: Path, *, submissions: Path | None
         out: the folder to write.
         submissions: a folder of entries to verify and show besides; None takes ``submissions_folder`` when there are
             no ``sources``, and otherwise nothing.
+        tracks: of the submissions, ``clbench.track.Track``s that do not come with clbench.
 
     Raises:
         ConfigError: nothing to show, or ``out`` holds something else.
@@ -68,17 +73,23 @@ def build_site(sources: Iterable[Source], out: Path, *, submissions: Path | None
     if submissions is None and given:
         entries = Submissions([], {})
     else:
-        entries = read_submissions(require_folder(submissions) if submissions else submissions_folder())
-    tracks = by_track([*given, *entries.accepted])
-    if not tracks:
-        raise ConfigError("there are no runs to show", mend="run `clbench run`, or give folders that hold runs")
+        folder = require_folder(submissions) if submissions else submissions_folder()
+        entries = read_submissions(folder, find=finder(tracks))
+    found = by_track([*given, *entries.accepted])
+    if not found:
+        refused = next((f"{name}: {lines[0]}" for name, lines in entries.rejected.items()), None)
+        raise ConfigError(
+            "there are no runs to show"
+            + (f"; {len(entries.rejected)} entries were refused, {refused}" if refused else ""),
+            mend="see `clbench leaderboard verify`" if refused else "run `clbench run`, or give folders that hold runs",
+        )
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARK).exists())):
         raise ConfigError("this folder holds something else than a site", where=out, mend="choose another folder")
     with atomic_folder(out) as folder:
         (folder / MARK).touch()
-        alone = len(tracks) == 1
+        alone = len(found) == 1
         cards = []
-        for name, members in tracks.items():
+        for name, members in found.items():
             views = view.method_views(members)
             home = folder if alone else folder / slug(name)
             write_track(views, home, home_link="../index.html" if not alone else "index.html")
@@ -163,6 +174,7 @@ def board_page(views: Sequence[MethodView], rows: list[dict[str, Any]], data: An
         periods={short: figures.methods_by_period(views, short, "board") for short in UNITS},
         max_lines=figures.MAX_LINES,
         differences=view.difference_rows(views) if len(views) > 1 else [],
+        capacity=capacity_parts.overview(views),
         difference_columns=view.columns_of(view.DIFFERENCES, track),
         reference=view.reference_of(views),
         unfinished=view.unfinished_lines(views),
@@ -199,6 +211,8 @@ def method_page(one: MethodView, views: Sequence[MethodView], downloads: Links, 
         caveat=view.caveat([one]),
         stages=view.stage_heads(one.summary),
         unfinished=view.unfinished_lines([one]),
+        capacity=capacity_parts.overview([one]),
+        course=capacity_parts.course([one.capacity]),
         downloads=downloads,
         raw=raw,
         **method_parts(one, "method"),
@@ -224,6 +238,7 @@ def board_data(views: Sequence[MethodView], rows: Sequence[Mapping[str, Any]]) -
                     for short, summary in one.summaries.items()
                 },
                 "matrices": {unit: matrix.as_dict() for unit, matrix in one.summary.matrices.items()},
+                "capacity": one.capacity.summary_dict(),
             }
             for one, row in zip(views, rows, strict=True)
         ],
@@ -237,6 +252,7 @@ def board_table(views: Sequence[MethodView], rows: Sequence[Mapping[str, Any]]) 
         for name in MAIN:
             if short == "nats" or views[0].summary.scores[name].unit != "ratio":
                 header += [f"{name}_{unit}{end}" for end in ("", "_low", "_high")]
+    header += [f"{key}{end}" for key in (*PER_RUN, *MAIN_FIGURES) for end in ("", "_low", "_high")]
     header += ["n_tokens", "flops", "seconds", "peak_memory_bytes", "stored_bytes", "status", "date"]
     table = []
     for one, row in zip(views, rows, strict=True):
@@ -246,6 +262,13 @@ def board_table(views: Sequence[MethodView], rows: Sequence[Mapping[str, Any]]) 
                 score = summary.scores[name]
                 if short == "nats" or score.unit != "ratio":
                     line += [score.value, score.low, score.high]
+        capacity = one.capacity
+        for key in PER_RUN:
+            value = capacity.estimate.per_run[key]
+            line += [value.value, value.low, value.high]
+        for key in MAIN_FIGURES:
+            value = capacity.figure(key, capacity.last)
+            line += [value.value, value.low, value.high]
         bill = one.summary.bill
         costs = [
             bill.n_tokens,
@@ -265,7 +288,8 @@ def write_figures(one: MethodView, folder: Path, prefix: str) -> Links:
         write_text(folder / f"matrix-{unit}.csv", csv_text(*view.matrix_csv(one, short)))
         names.append(f"matrix-{unit}.csv")
     write_text(folder / "summary.json", json_text({UNITS[s]: m.as_dict() for s, m in one.summaries.items()}))
-    return [(name, prefix + name) for name in (*names, "summary.json")]
+    write_text(folder / "capacity.json", json_text(one.capacity.as_dict()))
+    return [(name, prefix + name) for name in (*names, "summary.json", "capacity.json")]
 
 
 def copy_raw(one: MethodView, folder: Path, prefix: str) -> list[tuple[int, Links]]:

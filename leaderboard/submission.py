@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from clbench.errors import ClbenchError, ConfigError, SubmissionError
 from clbench.files import digest_of, sha256_file, write_json, write_text
 from clbench.leaderboard.page import slug
+from clbench.results import capacity
 from clbench.results.store import ROWS_SCHEMA, RunStore
 from clbench.suite import UNDATED
 
@@ -580,6 +581,9 @@ def check_run(folder: Path, seed: int, entry: Entry, track: Mapping[str, Any], p
             )
             for stage in range(n_stages)
         ]
+        if suite == capacity.SUITE:
+            for stage, table in enumerate(tables[suite]):
+                check_capacity(table, f"{where}/rows/{suite}-{stage:02d}.parquet", problems)
     wanted = {f"{suite}-{stage:02d}.parquet" for suite in suites for stage in range(n_stages)}
     for path in sorted((folder / "rows").glob("*")):
         problems.check(path.name in wanted, f"{where}/rows/{path.name}", "is no cell of this track")
@@ -603,10 +607,15 @@ def check_config(run: _Run, seed: int, entry: Entry, track: Mapping[str, Any], w
         ("track.name", run.track.get("name"), track["name"]),
         ("track.version", run.track.get("version"), track["version"]),
         ("track.sha256", run.track.get("sha256"), track["sha256"]),
-        ("track.stream_sha256", run.track.get("stream_sha256"), track.get("stream_sha256")),
         ("stages", [stage.index for stage in run.stages], list(range(len(run.stages)))),
     ):
         problems.check(given == wanted, where, f"{what} is {given!r}, expected {wanted!r}")
+    known, given = track.get("stream_sha256"), run.track.get("stream_sha256")
+    mend = "" if known else "; the track has none: freeze it with `clbench oracle TRACK --write`, then run again"
+    problems.check(given == known, where, f"track.stream_sha256 is {given!r}, expected {known!r}{mend}")
+    # The digest of a track leaves out its oracle, which regrets are measured from.
+    same = (run.track.get("oracle") or None) == (track.get("oracle") or None)
+    problems.check(same, where, "track.oracle is not the track's: run again on the present track")
     n_wanted = len((track.get("row0") or {}).get("nats_per_token", run.stages))
     problems.check(len(run.stages) == n_wanted, where, f"{len(run.stages)} stages, the track has {n_wanted}")
 
@@ -757,6 +766,20 @@ def check_rows(folder: Path, name: str, n_stages: int, problems: Problems, *, is
     return table
 
 
+def check_capacity(table: Any, name: str, problems: Problems) -> None:
+    """Check that figures of the suite ``capacity`` lie where their definitions allow them; None is no table."""
+    if table is None:
+        return
+    for metric, value in zip(table["metric"].to_pylist(), table["value"].to_pylist(), strict=True):
+        low, high = capacity.RANGES.get(metric.partition(":")[0], (-math.inf, math.inf))
+        if not problems.check(
+            math.isnan(value) or low <= value <= high,
+            name,
+            f"{metric} is {value:g}, which is outside of {low:g} to {high:g}",
+        ):
+            return
+
+
 def read_capped_rows(path: Path, name: str, problems: Problems) -> Any:
     """Return a Parquet table of ROWS_SCHEMA, its texts as dictionaries so that a repeated text costs nothing.
 
@@ -881,12 +904,17 @@ class Submissions:
     """``track/entry`` -> its problems."""
 
 
+def finder(tracks: Sequence[Any]) -> Callable[[str], Any]:
+    """Return what finds a ``clbench.track.Track`` by name among those given; None, a built-in one, for others."""
+    return {track.name: track for track in tracks}.get
+
+
 def read_submissions(folder: Path, *, find: Callable[[str], Any] | None = None) -> Submissions:
     """Verify every entry below ``folder/<track>/``.
 
     Args:
         folder: the submissions folder.
-        find: returns the track of a name; None finds built-in tracks.
+        find: returns the track of a name; None instead of it, or from it, finds built-in tracks.
     """
     accepted, rejected = [], {}
     for path in sorted(p for p in folder.glob("*/*") if not p.name.startswith(".") and (p.is_dir() or p.is_symlink())):

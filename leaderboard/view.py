@@ -15,6 +15,8 @@ from clbench.errors import ConfigError
 from clbench.leaderboard.colour import level_of
 from clbench.leaderboard.page import clean, number, scaled, signed, slug
 from clbench.leaderboard.submission import Entry, VerifiedEntry
+from clbench.results import capacity
+from clbench.results.capacity import MethodCapacity
 from clbench.results.metrics import MAIN, METRICS
 from clbench.results.stats import holm
 from clbench.results.store import RunStore
@@ -44,6 +46,8 @@ class MethodView:
     configs: list[dict[str, Any]]
     """``run.yaml`` of every run."""
     summaries: Mapping[Short, MethodSummary]
+    capacity: MethodCapacity
+    """Forgetting cost over stages and the figures of the suite ``capacity``, where they were measured."""
     entry: Entry | None
     date: str
     """When its last stage was finished, ``YYYY-MM-DD``; empty when nothing is."""
@@ -58,6 +62,11 @@ class MethodView:
         """What the board groups by: the names of the method's components."""
         components = self.configs[0]["method"].get("components") or []
         return "+".join(str(c.get("name", "?")) for c in components) or "checkpoints"
+
+    @property
+    def search(self) -> str:
+        """What the search field of the board looks into."""
+        return f"{self.label} {self.family} {self.status} {self.date}"
 
 
 def method_views(sources: Iterable[RunStore | VerifiedEntry]) -> list[MethodView]:
@@ -93,6 +102,7 @@ def method_views(sources: Iterable[RunStore | VerifiedEntry]) -> list[MethodView
             runs=runs,
             configs=[run.config() for run in runs],
             summaries={short: replace(s, label=labels[i]) for short, s in summaries.items()},
+            capacity=capacity.of_runs(labels[i], str(summaries["nats"].track["name"]), runs),
             entry=entry,
             date=last_date(runs),
         )
@@ -184,7 +194,7 @@ def board_rows(views: Sequence[MethodView], prefix: str) -> list[dict[str, Any]]
                 "scores": {name: in_both(view, name) for name in MAIN},
                 "n_seeds": len(view.summary.seeds),
                 "bill": bill if billed else None,
-                "search": f"{view.label} {view.family} {view.status} {view.date}",
+                "search": view.search,
             }
         )
     return rows

@@ -1,8 +1,9 @@
 """What the suite ``capacity`` says about a run, stage by stage: headline figures from its rows, with intervals.
 
 A row of the suite is one figure of one layer, part or pair on one period; most pages want a dozen numbers a
-checkpoint. ``HEADLINES`` says which, and how they are taken from the rows. Nothing is measured here, see
-``clbench.capacity_report``; what each figure means stands in docs/capacity.md.
+checkpoint. ``HEADLINES`` says which, and how they are taken from the rows; ``of_runs`` brings them together with the
+forgetting cost, which needs the loss matrix alone. Nothing is measured here, see ``clbench.capacity_report``; what each
+figure means stands in docs/capacity.md.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from clbench.errors import IntegrityError
 from clbench.files import read_json
 from clbench.results import clemc, stats
 from clbench.results.clemc import Estimate, interval_dict
-from clbench.results.matrix import Array, Documents, finite_or_none
+from clbench.results.matrix import Array, documents_of, finite_or_none, stage_indices
 from clbench.results.metrics import Value
 from clbench.results.stats import Interval
 from clbench.results.store import RunStore
@@ -156,6 +157,34 @@ COSTS = {
 """What of ``clemc`` a page shows; its two sums rise by construction and stand in --json alone."""
 SHORT_COSTS = ("cost", "cost_past", "weight_driven", "data_driven")
 """Those of a table in a terminal."""
+PER_RUN = {
+    "weight_driven_total": ("W: weights", "What the weights did to J, all steps together. Positive is forgetting."),
+    "data_driven_total": ("X: new data", "What adding new periods did to J, all steps together."),
+    "slope": ("slope of J", "Nats a stage. W and X say whether forgetting or new text made it."),
+}
+"""What of ``clemc`` sums up a run: key -> title, how to read it. Its two sums rise by construction and are left out."""
+MAIN = {
+    "rankme": ("RankMe", "Entropy of the singular values of the last hidden states: directions in use."),
+    "erank": ("effective rank", "The same of the eigenvalues of their covariance; not comparable with RankMe."),
+    "alpha_req": ("alpha-ReQ", "Exponent with which the eigenvalues fall off; compare at equal width."),
+    "cka_base": ("CKA with base", "How alike hidden states are to the base's: 1 for equal ones."),
+    "drift": ("weight drift", "Distance of the weights from the base's, in norms of the base."),
+    "dormant": ("dormant units", "Share of hidden units below a tenth of their layer's mean activity."),
+}
+"""Headlines that a report and a board show: key -> title, how to read it."""
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("rankme_sigma", "erank_cov", "stable_rank", "srank99", "approx_rank99", "feature_rank"), (0, 1e6)),
+    "alpha_req": (-100, 100),
+    "cka_debiased": (-10, 10),  # bounded by 1 in expectation only
+    "procrustes": (0, 2),
+    **dict.fromkeys(("dead", "dormant_1pct", "redo_0.01", "redo_0.025", "redo_0.1", "fau_0.1"), (0, 1)),
+    **dict.fromkeys(("norm", "drift", "mean_abs", "spectral_norm"), (0, 1e9)),
+    "drift_share": (0, 1),
+    **dict.fromkeys(("interference", "interference_null", "interference_null_blocks"), (-1, 1)),
+    **dict.fromkeys(("magnitude_nats", "change_nats"), (-1e3, 1e3)),
+    **dict.fromkeys(("loss_change_nats", "first_order_nats", "curvature_nats"), (-1e6, 1e6)),
+}
+"""Metric, without its variant -> least and largest value that anybody need believe; wider than the definitions."""
 
 
 def headlines_of(rows: pa.Table, stage: int) -> dict[str, Value]:
@@ -197,6 +226,31 @@ class MethodCapacity:
             "notes": list(self.notes),
         }
 
+    @property
+    def last(self) -> int:
+        """The last row."""
+        return self.estimate.stages[-1]
+
+    @property
+    def measured(self) -> bool:
+        """Whether the suite has a figure of ``MAIN`` for some row."""
+        return any(math.isfinite(one.value) for key in MAIN for one in self.headlines.get(key, {}).values())
+
+    def figure(self, key: str, row: int) -> Interval:
+        """Return a headline of one row; NaN and why where it was not measured."""
+        return self.headlines.get(key, {}).get(row, Interval(math.nan, reason="not measured"))
+
+    def summary_dict(self) -> dict[str, Any]:
+        """Return what sums up a run as JSON-able values: ``PER_RUN``, and ``MAIN`` of the base and the last row."""
+        rows = dict.fromkeys((0, self.last)) if self.measured else ()
+        return {
+            "estimator": clemc.NAME,
+            "reference": self.estimate.reference,
+            "unit": self.estimate.unit,
+            "per_run": {key: interval_dict(self.estimate.per_run[key]) for key in PER_RUN},
+            "figures": {str(row): {key: interval_dict(self.figure(key, row)) for key in MAIN} for row in rows},
+        }
+
     def values(self, key: str) -> Mapping[int, Interval]:
         """Return one quantity by row: of ``COSTS`` or of ``HEADLINES``."""
         found = self.estimate.per_stage.get(key)
@@ -223,34 +277,95 @@ def over_seeds(per_seed: Mapping[int, Mapping[int, Mapping[str, Value]]]) -> dic
     return found
 
 
-def estimate_of(documents: Mapping[int, Documents], columns: Sequence[int], oracle: Array | None) -> Estimate:
-    """Return the clemc estimate of one method, against the oracle where there is one."""
-    return clemc.estimate(documents, columns, clemc.choose_reference(oracle))
+def of_runs(
+    label: str,
+    track: str,
+    runs: Sequence[RunStore],
+    *,
+    measured: Mapping[str, Mapping[int, pa.Table]] | None = None,
+    notes: Mapping[str, Sequence[str]] | None = None,
+    probes: Sequence[dict[str, Any]] = (),
+) -> MethodCapacity:
+    """Return what is known about the capacity of one method; seeds with fewer rows than others are left out.
 
-
-# figures kept in a run folder
-
-
-def kept_headlines(store: RunStore) -> dict[int, dict[str, float | None]]:
-    """Return row -> key -> value: from the run's own rows of the suite, else from what ``clbench capacity`` kept.
+    Args:
+        label: what the method is called.
+        track: the name of its track.
+        runs: one a seed, ascending, each with at least one row.
+        measured: run folder -> row -> rows of the suite, where they were measured just now; other runs have the rows of
+            their track, or what ``clbench capacity`` kept.
+        notes: run folder -> what could not be measured.
+        probes: reports of ``clbench.probe``.
 
     Raises:
-        IntegrityError: the file is none of ours.
+        IntegrityError, NotFoundError: a file of a run is broken or missing.
+    """
+    done = [store.stages_done() for store in runs]
+    most = max(done, key=len)
+    kept = {int(s.config()["seed"]): s for s, stages in zip(runs, done, strict=True) if stages == most}
+    first = next(iter(kept.values()))
+    columns = stage_indices(first)
+    documents = {seed: documents_of(store) for seed, store in kept.items()}
+    found = {seed: headlines_of_run(store, (measured or {}).get(str(store.folder))) for seed, store in kept.items()}
+    per_seed = {seed: headlines for seed, headlines in found.items() if headlines}
+    said = [f"seed {seed}: {text}" for seed, store in kept.items() for text in (notes or {}).get(str(store.folder), ())]
+    said += [f"seed {s.config()['seed']} has fewer rows and is left out" for s in runs if s not in kept.values()]
+    if len(per_seed) < len(kept):
+        said.append(f"the suite was measured for {len(per_seed)} of {len(kept)} seeds")
+    return MethodCapacity(
+        label=label,
+        track=track,
+        seeds=tuple(kept),
+        stages={int(stage["index"]): str(stage["name"]) for stage in first.config()["stages"]},
+        estimate=clemc.estimate(documents, columns, clemc.choose_reference(_oracle(first, len(columns)))),
+        headlines=over_seeds(per_seed),
+        probes=tuple(probes),
+        notes=tuple(said),
+    )
+
+
+def headlines_of_run(store: RunStore, measured: Mapping[int, pa.Table] | None) -> dict[int, dict[str, Value]]:
+    """Return row -> key -> value of one run: measured now, else what is there."""
+    if measured is not None:
+        return {row: headlines_of(rows, row) for row, rows in measured.items()}
+    return headlines_here(store)
+
+
+def _oracle(store: RunStore, n_columns: int) -> Array | None:
+    """Return the track's frozen oracle in nats per token, where it has one that fits."""
+    losses = (store.config()["track"].get("oracle") or {}).get("nats_per_token")
+    return None if losses is None or len(losses) != n_columns else np.asarray(losses, dtype=np.float64)
+
+
+# figures in a run folder
+
+
+def headlines_here(store: RunStore) -> dict[int, dict[str, Value]]:
+    """Return row -> key -> value: from the run's rows of the suite, and what they lack from what was kept.
+
+    Raises:
+        IntegrityError: the file of ``clbench capacity`` is none of ours, or rows cannot be read.
     """
     path = store.folder / FILE
-    kept: dict[int, dict[str, float | None]] = {}
+    found: dict[int, dict[str, Value]] = {}
     if path.is_file():
         value = read_json(path)
         if not isinstance(value, dict) or value.get("format") != FORMAT or not isinstance(value.get("stages"), dict):
             raise IntegrityError("these are no capacity figures", where=path, mend="delete it and measure again")
-        kept = {int(stage): dict(found) for stage, found in value["stages"].items()}
-    for stage in store.stages_done():
-        if stage not in kept and has_rows(store, stage):
-            found = headlines_of(store.rows(SUITE, stage), stage)
-            kept[stage] = {key: finite_or_none(one.value) for key, one in found.items()}
-    return kept
+        found = {int(row): {key: _kept(one) for key, one in each.items()} for row, each in value["stages"].items()}
+    for row in store.suites().get(SUITE, []):
+        kept = found.get(row, {})
+        for key, one in headlines_of(store.rows(SUITE, row), row).items():
+            kept[key] = kept.get(key, one) if one.reason else one
+        found[row] = kept
+    return dict(sorted(found.items()))
 
 
-def has_rows(store: RunStore, stage: int) -> bool:
-    """Say whether the run's track measured the suite after a stage."""
-    return (store.folder / "rows" / f"{SUITE}-{stage:02d}.parquet").is_file()
+def _kept(value: float | None) -> Value:
+    """Return a figure that was kept; why it was undefined is not."""
+    return Value(np.array(math.nan), "undefined when measured") if value is None else Value(np.array(value))
+
+
+def kept_headlines(store: RunStore) -> dict[int, dict[str, float | None]]:
+    """Return ``headlines_here`` as numbers, None where a figure is undefined."""
+    return {row: {k: finite_or_none(v.value) for k, v in each.items()} for row, each in headlines_here(store).items()}

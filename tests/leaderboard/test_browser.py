@@ -78,12 +78,15 @@ def open_page(browser: Any) -> Iterator[Open]:
     assert troubles == []
 
 
+BOARD, CAPACITY = "table[data-sort=rank]", "table[data-sortable=capacity]"
+
+
 def methods(page: Any) -> list[str]:
-    return page.locator("table.board tbody tr:visible th a").all_inner_texts()
+    return page.locator(f"{BOARD} tbody tr:visible th a").all_inner_texts()
 
 
-def column(page: Any, place: int) -> list[str]:
-    cells = page.locator(f"table.board tbody tr:visible > :nth-child({place})").all_inner_texts()
+def column(page: Any, place: int, table: str = BOARD) -> list[str]:
+    cells = page.locator(f"{table} tbody tr:visible > :nth-child({place})").all_inner_texts()
     return [text.split()[0] for text in cells]
 
 
@@ -94,7 +97,7 @@ def number(text: str) -> float:
 def test_sorting_by_keyboard_and_mouse(site: Path, open_page: Open) -> None:
     page = open_page(site)
     assert column(page, 1)[0] == "1"
-    header = page.locator("table.board").get_by_role("columnheader", name="Forgetting")
+    header = page.locator(BOARD).get_by_role("columnheader", name="Forgetting")
     header.get_by_role("button").click()
     assert header.get_attribute("aria-sort") == "ascending"
     rising = [number(text) for text in column(page, 7)]
@@ -103,9 +106,9 @@ def test_sorting_by_keyboard_and_mouse(site: Path, open_page: Open) -> None:
     header.get_by_role("button").press("Enter")
     assert header.get_attribute("aria-sort") == "descending"
     assert [number(text) for text in column(page, 7)] == rising[::-1]
-    assert page.locator("th[aria-sort]").count() == 1
+    assert page.locator(f"{BOARD} th[aria-sort]").count() == 1
     assert "sort=forgetting_first" in unquote(page.url)
-    page.locator("table.board").get_by_role("columnheader", name="Method").get_by_role("button").click()
+    page.locator(BOARD).get_by_role("columnheader", name="Method").get_by_role("button").click()
     assert methods(page) == sorted(methods(page))
 
 
@@ -129,11 +132,30 @@ def test_filters_count_and_the_hash_brings_them_back(site: Path, open_page: Open
     assert methods(again) == ["sequential"]
 
 
+def test_the_table_of_capacity_sorts_by_itself_and_obeys_the_filters(site: Path, open_page: Open) -> None:
+    page = open_page(site)
+    forgetting = [number(text) for text in column(page, 2, CAPACITY)]
+    assert forgetting == sorted(forgetting)
+    before = methods(page)
+    rankme = page.locator(CAPACITY).get_by_role("columnheader", name="RankMe")
+    rankme.get_by_role("button").click()
+    assert column(page, 5, CAPACITY) == ["41.000", "–", "–"]
+    rankme.get_by_role("button").click()
+    assert column(page, 5, CAPACITY) == ["41.000", "–", "–"]  # undefined is last either way
+    assert (methods(page), page.locator(f"{BOARD} th[aria-sort]").count()) == (before, 1)
+    again = open_page(site, hash_="#" + page.url.split("#")[1] + "&family=frozen")
+    shown = again.locator(CAPACITY)
+    assert shown.get_by_role("columnheader", name="RankMe").get_attribute("aria-sort") == "descending"
+    assert shown.locator("tbody tr:visible").count() == 1
+    assert again.get_by_role("status").inner_text() == "1 of 3 methods"
+    assert shown.locator("tfoot tr:visible").count() == 1
+
+
 def test_hostile_hash_does_nothing(site: Path, open_page: Open) -> None:
     page = open_page(site, hash_="#sort=__proto__,x&search=%3Cimg+src=x+onerror=alert(1)%3E&family=nope&unit=zzz")
     assert page.get_by_label("Family").input_value() == ""
     assert page.locator("img").count() == 0
-    assert page.locator("th[aria-sort]").count() == 1
+    assert page.locator(f"{BOARD} th[aria-sort]").count() == 1
 
 
 def test_units_switch_tables_charts_and_sorting(site: Path, open_page: Open) -> None:

@@ -137,6 +137,27 @@ def test_data_is_offered_three_ways_and_agrees(site: Path) -> None:
     }  # fmt: skip
 
 
+def test_capacity_is_shown_where_it_was_measured_and_a_dash_elsewhere(site: Path) -> None:
+    methods = {one["label"]: one for one in json.loads((site.parent / "data" / "data.json").read_text())["methods"]}
+    replay = methods["replay:fraction=1/2"]["capacity"]["figures"]
+    assert [replay[row]["rankme"]["value"] for row in ("0", "2")] == [39.0, 41.0]  # of 39 thrice, and of 39, 41, 43
+    assert methods["frozen"]["capacity"]["figures"] == {}
+    assert methods["frozen"]["capacity"]["per_run"]["weight_driven_total"]["value"] == 0.0
+    with (site.parent / "data" / "table.csv").open(encoding="utf-8", newline="") as file:
+        table = {row["method"]: row for row in csv.DictReader(file)}
+    assert [table[name]["rankme"] for name in ("replay:fraction=1/2", "frozen", "sequential")] == ["41.0", "", ""]
+    assert float(table["sequential"]["weight_driven_total"]) > 0.3
+    text = site.read_text(encoding="utf-8").partition('<h2 id="capacity">')[2].partition('<h2 id="words">')[0]
+    assert "41.000" in text
+    assert text.count("not measured") == 2 * (6 + 6 + 4 + 4)  # the base has those of replay; each reason stands twice
+    assert "<i>" not in text
+    assert "&lt;i&gt;too few&lt;/i&gt; samples" in text
+    page = (site.parent / "methods" / "replay-fraction-1of2.html").read_text(encoding="utf-8")
+    assert "RankMe (singular values) by stage" in page
+    kept = json.loads((site.parent / "data" / "replay-fraction-1of2" / "capacity.json").read_text())
+    assert kept["figures"]["rankme"]["1"]["value"] == 40.0
+
+
 def test_replay_is_said_to_forget_less_and_the_bill_is_right(site: Path) -> None:
     assert "not what another seed would give" not in site.read_text(encoding="utf-8")
     text = re.sub(r"<[^>]+>|\s+", " ", site.read_text(encoding="utf-8").split('id="board"')[0])
@@ -190,7 +211,11 @@ def test_two_tracks_get_a_page_each(tmp_path: Path) -> None:
     assert {"alpha/index.html", "beta/index.html"} <= set(parse(index).links)
     for name in ("alpha", "beta"):
         links = parse(index.parent / name / "index.html").links
-        assert all((index.parent / name / link).is_file() for link in links if link[0] != "#" and link != "data:,")
+        assert all(
+            (index.parent / name / link.split("#")[0]).is_file()
+            for link in links
+            if link[0] != "#" and link != "data:,"
+        )
 
 
 def test_checkpoints_without_a_bill_show_dashes(tmp_path: Path) -> None:

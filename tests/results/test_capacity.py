@@ -15,8 +15,10 @@ from clbench.errors import IntegrityError
 from clbench.files import write_json
 from clbench.results import capacity
 from clbench.results.capacity import Figures, headlines_of, over_seeds
+from clbench.results.matrix import matrix_of
 from clbench.results.metrics import Value
 from clbench.results.store import ROWS_SCHEMA, RunStore, StageRecord
+from tests.synthetic_runs import write_run
 
 Row = tuple[str, str, int, str, float]
 
@@ -107,18 +109,80 @@ def test_units_of_a_table_are_found_by_period() -> None:
     assert figures.mean("units", "all blocks", [2, 3], "redo_0.1").reason == "not measured"
 
 
-def test_kept_figures_come_first_then_rows_of_the_run(tmp_path: Path) -> None:
+def test_rows_of_the_run_come_first_then_what_was_kept(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     for stage in (0, 1):
-        store.write_rows(
-            "capacity", stage, table(("representation", "final", -1, "rankme_sigma:centred", 40.0 + stage))
-        )
+        rows = table(("representation", "final", -1, "rankme_sigma:centred", 40.0 + stage))
+        store.write_rows("capacity", stage, rows)
+        cells = {"capacity": "address"}
         store.write_stage_record(
-            StageRecord(stage=stage, weights_sha256="x", cells={}, finished="2026-01-01T00:00:00+00:00", n_steps=0)
+            StageRecord(stage=stage, weights_sha256="x", cells=cells, finished="2026-01-01T00:00:00+00:00", n_steps=0)
         )
-    write_json(tmp_path / capacity.FILE, {"format": capacity.FORMAT, "stages": {"1": {"rankme": 7.0}}})
+    kept = {"1": {"rankme": 7.0, "curvature": 0.5, "drift": None}, "2": {"rankme": 8.0}}
+    write_json(tmp_path / capacity.FILE, {"format": capacity.FORMAT, "stages": kept})
     found = capacity.kept_headlines(store)
-    assert (found[0]["rankme"], found[0]["drift"], found[1]) == (40.0, None, {"rankme": 7.0})
+    assert (found[0]["rankme"], found[0]["drift"]) == (40.0, None)
+    assert (found[1]["rankme"], found[1]["curvature"], found[1]["drift"]) == (41.0, 0.5, None)
+    assert found[2] == {"rankme": 8.0}
+    assert capacity.headlines_here(store)[1]["drift"].reason == "undefined when measured"
     (tmp_path / capacity.FILE).write_text("[]")
     with pytest.raises(IntegrityError, match="no capacity figures"):
         capacity.kept_headlines(store)
+
+
+def test_rows_of_other_weights_do_not_count(tmp_path: Path) -> None:
+    """``clbench evaluate`` measured the stage, then the run was made again."""
+    store = RunStore(tmp_path)
+    store.write_rows("capacity", 0, table(("representation", "final", -1, "rankme_sigma:centred", 40.0)))
+    record = StageRecord(stage=0, weights_sha256="new", cells={}, finished="2026-01-01T00:00:00+00:00", n_steps=0)
+    store.write_stage_record(record)
+    extra = {"suite": "capacity", "spec": "capacity", "stage": 0, "cells": {}, "finished": "", "evaluation": {}}
+    store.write_extra_record({**extra, "weights_sha256": "old"})
+    assert capacity.kept_headlines(store) == {}
+    store.write_extra_record({**extra, "weights_sha256": "new"})
+    assert capacity.kept_headlines(store)[0]["rankme"] == 40.0
+
+
+def write_synthetic(folder: Path, seeds: int, **rankme: float) -> list[RunStore]:
+    """Runs without an oracle; row 2 has ``rankme`` of ``s0``, ``s1`` … by seed."""
+    stores = [write_run(folder / f"seed-{s}", seed=s, n_stages=3, n_documents=8, oracle=False) for s in range(seeds)]
+    for store, value in zip(stores, rankme.values(), strict=False):
+        rows = table(("representation", "final", -1, "rankme_sigma:centred", value))
+        store.write_rows("capacity", 2, rows)
+        record = store.stage_record(2)
+        store.write_stage_record({**record, "cells": {**record["cells"], "capacity": "address"}})
+    return stores
+
+
+def test_of_runs_brings_cost_and_figures_of_all_seeds_together(tmp_path: Path) -> None:
+    stores = write_synthetic(tmp_path, 2, s0=30.0, s1=34.0)
+    found = capacity.of_runs("m", "t", stores)
+    weights = []
+    for store in stores:
+        at = matrix_of(store).at
+        steps = [at(1, 0) - at(0, 0), ((at(2, 0) - at(1, 0)) + (at(2, 1) - at(1, 1))) / 2]
+        weights.append(sum(steps))
+    assert found.estimate.per_run["weight_driven_total"].value == pytest.approx(np.mean(weights))
+    one = found.figure("rankme", found.last)
+    low, high = reference.t.interval(0.95, 1, 32.0, reference.sem([30.0, 34.0]))
+    assert (one.value, one.low, one.high) == pytest.approx((32.0, low, high))
+    assert found.figure("rankme", 0).reason == "not measured"
+    told = found.summary_dict()
+    assert set(told["per_run"]) == {"slope", "weight_driven_total", "data_driven_total"}  # no sum that only rises
+    assert told["figures"]["2"]["rankme"]["value"] == 32.0
+    assert told["figures"]["0"]["rankme"]["value"] is None
+
+
+def test_of_runs_without_the_suite_has_the_cost_and_says_what_is_missing(tmp_path: Path) -> None:
+    found = capacity.of_runs("m", "t", write_synthetic(tmp_path, 2, s0=30.0))
+    assert found.notes == ("the suite was measured for 1 of 2 seeds",)
+    assert found.measured
+    bare = capacity.of_runs("m", "t", write_synthetic(tmp_path / "bare", 1))
+    assert not bare.measured
+    assert bare.summary_dict()["figures"] == {}
+    assert math.isfinite(bare.estimate.per_run["slope"].value)
+
+
+def test_every_headline_of_the_suite_has_a_range() -> None:
+    metrics = {one.metric.partition(":")[0] for one in capacity.HEADLINES if one.metric}
+    assert metrics <= set(capacity.RANGES)
