@@ -309,27 +309,41 @@ def _work(
     device, model = checkpoint.device, checkpoint.model
     size = tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cuda"])
     rows, mask = _laid_out(questions, limit, packed=packed), None
-    with torch.inference_mode():
+    with torch.inference_mode(), precision(checkpoint):
         first = rows.tokens[int(rows.n_input.argmax())][None, :16].astype(np.int64)
-        with precision(checkpoint):
-            fast = head_is_all(model, torch.from_numpy(first).to(device))
-        if rows.is_packed.sum() >= TRY_FROM:
-            length = int(rows.n_input[rows.is_packed].max())
-            mask = _tried(checkpoint, ("mask", fast), length, lambda: _mask_taken(checkpoint, rows, fast=fast))
+        fast = head_is_all(model, torch.from_numpy(first).to(device))
+    groups = _groups(checkpoint, rows, fast=fast, shared=shared)
+    if rows.is_packed.sum() >= TRY_FROM:
+        packed_rows = np.flatnonzero(rows.is_packed)
+        longest = int(packed_rows[rows.n_input[packed_rows].argmax()])
+        group = next(group for group in groups if longest in group.rows)
+        length = len(rows.tokens[longest])
+        mask = _tried(
+            checkpoint, ("mask", fast), length, lambda: _mask_taken(checkpoint, rows, longest, group, fast=fast)
+        )
     if mask is None and rows.is_packed.any():
         rows = _laid_out(questions, limit, packed=False)
+        groups = _groups(checkpoint, rows, fast=fast, shared=shared)
     if not fast:  # whole logits [W, T, V] then exist: keep them below a quarter of a gigabyte
         size = min(size, max(1, 2**26 // vocabulary_size(model)))
+    return _Work(rows=rows, groups=groups, size=size, mask=mask, fast=fast)
+
+
+def _groups(checkpoint: Checkpoint, rows: _Rows, *, fast: bool, shared: bool) -> list[Group]:
+    """Return which rows begin alike, where the model is found to take rows behind a beginning."""
     groups = plan(rows.tokens, rows.n_context - 1) if shared else []
     widest = max((group for group in groups if group.n_shared), key=lambda group: group.n_shared, default=None)
-    if widest is None or not _tried(
-        checkpoint,
-        ("beginning", fast, mask),
-        int(rows.n_input[widest.rows].max()),
-        lambda: _beginning_taken(checkpoint, rows, widest, mask, fast=fast),
-    ):
-        groups = [Group(n_shared=0, rows=list(range(len(rows.tokens))))]
-    return _Work(rows=rows, groups=groups, size=size, mask=mask, fast=fast)
+    if widest is not None:
+        longest = max(widest.rows, key=lambda row: len(rows.tokens[row]))
+        row = _unpacked(rows, longest)
+        if _tried(
+            checkpoint,
+            ("beginning", fast),
+            len(row.tokens[0]),
+            lambda: _beginning_taken(checkpoint, row, widest.n_shared, fast=fast),
+        ):
+            return groups
+    return [Group(n_shared=0, rows=list(range(len(rows.tokens))))]
 
 
 def _laid_out(questions: Sequence[Question], limit: int, *, packed: bool) -> _Rows:
@@ -514,66 +528,61 @@ def _tried(checkpoint: Checkpoint, what: tuple[Any, ...], length: int, attempt: 
     return found
 
 
-def _beginning_taken(checkpoint: Checkpoint, rows: _Rows, group: Group, mask: Mask | None, *, fast: bool) -> bool:
-    """Say whether a model computes the longest row of a group behind its beginning as it does the whole row."""
+def _beginning_taken(checkpoint: Checkpoint, rows: _Rows, n_shared: int, *, fast: bool) -> bool:
+    """Say whether a model computes a row behind its beginning as it does the whole row."""
     import torch
 
-    row = np.array([max(group.rows, key=lambda r: len(rows.tokens[r]))])
+    first, device = np.array([0]), checkpoint.device
     with torch.inference_mode():
         try:
-            start = Beginning(checkpoint.model, rows.tokens[row[0]][: group.n_shared], checkpoint.device)
-            found = _forward(checkpoint.model, rows, row, checkpoint.device, mask, fast=fast, start=start)
+            start = Beginning(checkpoint.model, rows.tokens[0][:n_shared], device)
+            found = _forward(checkpoint.model, rows, first, device, None, fast=fast, start=start)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
             return False
-        whole = _forward(checkpoint.model, rows, row, checkpoint.device, mask, fast=fast)
-    gap, scale = (found - whole[group.n_shared :]).abs().max(), whole.abs().max()
+        whole = _forward(checkpoint.model, rows, first, device, None, fast=fast)
+    gap, scale = (found - whole[n_shared:]).abs().max(), whole.abs().max()
     return bool(gap <= _near(found) * scale)
 
 
-def _mask_taken(checkpoint: Checkpoint, rows: _Rows, *, fast: bool) -> Mask | None:
+def _mask_taken(checkpoint: Checkpoint, rows: _Rows, row: int, group: Group, *, fast: bool) -> Mask | None:
     """Find out whether, and with which mask, a model computes packed rows as it computes each choice alone.
 
-    Tried on the longest packed row, without autocast: states at all places must be near those of plain rows (a model
-    that ignores positions or slides a window over them differs), and those of other choices must not change by a
-    bit when one choice's tokens do (a model that ignores the mask, or adds a boolean one, leaks).
+    Tried on one row, behind what its group shares, without autocast: states at all places must be near those of plain
+    rows (a model that ignores positions or slides a window over them differs), and those of other choices must not
+    change by a bit when one choice's tokens do (a model that ignores the mask, or adds a boolean one, leaks).
     """
     import torch
 
-    packed = np.flatnonzero(rows.is_packed)
-    row = int(packed[rows.n_input[packed].argmax()])
-    plain, other = _unpacked(rows, row), _changed(rows, row, vocabulary_size(checkpoint.model))
-    alone = np.array([row])
+    model, device = checkpoint.model, checkpoint.device
+    plain, other = _unpacked(rows, row), _changed(rows, row, vocabulary_size(model))
+    segment = rows.segments[row][group.n_shared :]
     with torch.inference_mode():
+        start = Beginning(model, rows.tokens[row][: group.n_shared], device) if group.n_shared else None
         expected = [
-            _forward(checkpoint.model, plain, np.array([r]), checkpoint.device, None, fast=fast)
+            _forward(model, plain, np.array([r]), device, None, fast=fast, start=start)
             for r in range(len(plain.tokens))
         ]
         for mask in ("bool", "additive"):
             kind: Mask = "bool" if mask == "bool" else "additive"
             try:
-                found = _forward(checkpoint.model, rows, alone, checkpoint.device, kind, fast=fast)
-                moved = _forward(checkpoint.model, other, np.array([0]), checkpoint.device, kind, fast=fast)
+                found = _forward(model, rows, np.array([row]), device, kind, fast=fast, start=start)
+                moved = _forward(model, other, np.array([0]), device, kind, fast=fast, start=start)
             except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
                 continue
-            if _agree(found, expected, rows.segments[row]) and _keeps(found, moved, rows.segments[row]):
+            if _agree(found, expected, segment) and _keeps(found, moved, segment):
                 return kind
     return None
 
 
 def _unpacked(rows: _Rows, row: int) -> _Rows:
-    """Return the choices of one packed row in a row each."""
+    """Return the choices of one packed row in a row each; any other row as it is."""
     segment, tokens = rows.segments[row], rows.tokens[row]
-    found = [tokens[(segment == 0) | (segment == k)] for k in np.unique(segment[segment > 0])]
-    none = np.zeros(0, np.int64)
-    return _Rows(
-        tokens=found,
-        positions=[np.arange(len(ids), dtype=np.int32) for ids in found],
-        segments=[np.zeros(len(ids), np.int32) for ids in found],
-        is_packed=np.zeros(len(found), np.bool_),
-        row=none,
-        place=none,
-        target=none,
-        choice=none,
+    found = [tokens[(segment == 0) | (segment == k)] for k in np.unique(segment[segment > 0])] or [tokens]
+    return _bare(
+        found,
+        [np.arange(len(ids), dtype=np.int32) for ids in found],
+        [np.zeros(len(ids), np.int32) for ids in found],
+        is_packed=False,
     )
 
 
@@ -582,12 +591,23 @@ def _changed(rows: _Rows, row: int, n_vocabulary: int) -> _Rows:
     segment, tokens = rows.segments[row], rows.tokens[row].copy()
     first = segment == segment[segment > 0].min()
     tokens[first] = (tokens[first] + 1) % n_vocabulary
+    return _bare([tokens], [rows.positions[row]], [segment], is_packed=True)
+
+
+def _bare(
+    tokens: list[NDArray[np.int32]],
+    positions: list[NDArray[np.int32]],
+    segments: list[NDArray[np.int32]],
+    *,
+    is_packed: bool,
+) -> _Rows:
+    """Return rows that nothing is read off."""
     none = np.zeros(0, np.int64)
     return _Rows(
-        tokens=[tokens],
-        positions=[rows.positions[row]],
-        segments=[segment],
-        is_packed=np.ones(1, np.bool_),
+        tokens=tokens,
+        positions=positions,
+        segments=segments,
+        is_packed=np.full(len(tokens), is_packed, np.bool_),
         row=none,
         place=none,
         target=none,
