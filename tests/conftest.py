@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from clbench.build import build_stream
 from clbench.stream import Stream
 from clbench.streams.tinydocs import Tinydocs
+
+# No test is timed: a busy machine is slow, and that says nothing about the code.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
