@@ -136,7 +136,9 @@ def _root(
 def prepare(
     targets: Annotated[
         list[str] | None,
-        typer.Argument(help="Tracks (stream and base), streams or pretrained models.", show_default=NANO),
+        typer.Argument(
+            help="Tracks (stream and base), streams, pretrained models, suites, or evals.", show_default=NANO
+        ),
     ] = None,
     device: DeviceOption = "auto",
     workers: Annotated[
@@ -147,7 +149,7 @@ def prepare(
     """Fetch, build and train what a track needs: the only command that uses the network.
 
     A stream may be NAME:option=value,option=value or a YAML specification, see `clbench list streams`. A pretrained
-    model is model:NAME.
+    model is model:NAME; suite:NAME is what a suite measures on, evals that of all suites.
     """
     from clbench import prepare as preparing
 

@@ -60,10 +60,14 @@ __all__ = [
 ]
 
 Mask = Literal["bool", "additive"]
+MASKS: dict[str, tuple[Mask, Mask]] = {"cpu": ("additive", "bool"), "cuda": ("bool", "additive")}
+"""Which is tried first. On a CPU torch makes a boolean mask an additive one anew in every layer."""
 Found = TypeVar("Found")
 WHERE = "scoring of choices"
-HEAD_FLOATS = 2**22
-"""Most logits that exist at one time: on a CPU they should stay near the processor."""
+HEAD_FLOATS = 2**19
+"""Logits that exist at one time on a CPU: they should stay near the processor."""
+HEAD_ROWS = 128
+"""But no fewer rows than these, or reading the head's weights takes longer than multiplying with them."""
 TRY_FROM = 8
 """Rows with several choices from which on it pays to try whether the model takes them."""
 
@@ -484,8 +488,9 @@ def _read(
     places = np.array([row_at[int(r)] * width for r in rows.row[entries]], np.int64) + rows.place[entries] - n_shared
     unique, inverse = np.unique(places, return_inverse=True)
     head = model.get_output_embeddings() if fast else None
-    most = HEAD_CHUNK.get(device.type, HEAD_CHUNK["cuda"])
-    chunk = max(16, min(most, HEAD_FLOATS // vocabulary_size(model))) if device.type == "cpu" else most
+    chunk = HEAD_CHUNK.get(device.type, HEAD_CHUNK["cuda"])
+    if device.type == "cpu":
+        chunk = min(chunk, max(HEAD_ROWS, HEAD_FLOATS // vocabulary_size(model)))
     log_p, top = np.zeros(len(entries), np.float64), np.zeros(len(entries), np.bool_)
     for start in range(0, len(unique), chunk):
         chosen = states_ND.index_select(0, torch.from_numpy(unique[start : start + chunk]).to(device))
@@ -499,13 +504,16 @@ def _read(
 
 
 def _log_p(logits_PV: torch.Tensor, at_E: torch.Tensor, target_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the targets' log-probabilities in float32 and whether each is the first of the most likely tokens."""
+    """Return the targets' log-probabilities in float32 and whether each is the first of the most likely tokens.
+
+    Overwrites ``logits_PV``.
+    """
     logits_E = logits_PV[at_E, target_E]
     peak_P = logits_PV.amax(1)
     is_top = logits_E == peak_P[at_E]
     if bool(is_top.any()):  # several tokens may be equal there: the first of them counts, as argmax has it
         is_top[is_top.clone()] = logits_PV[at_E[is_top]].argmax(1) == target_E[is_top]
-    total_P = (logits_PV - peak_P[:, None]).exp_().sum(1).log_().add_(peak_P)
+    total_P = logits_PV.sub_(peak_P[:, None]).exp_().sum(1).log_().add_(peak_P)
     return logits_E - total_P[at_E], is_top
 
 
@@ -562,8 +570,7 @@ def _mask_taken(checkpoint: Checkpoint, rows: _Rows, row: int, group: Group, *, 
             _forward(model, plain, np.array([r]), device, None, fast=fast, start=start)
             for r in range(len(plain.tokens))
         ]
-        for mask in ("bool", "additive"):
-            kind: Mask = "bool" if mask == "bool" else "additive"
+        for kind in MASKS.get(device.type, MASKS["cuda"]):
             try:
                 found = _forward(model, rows, np.array([row]), device, kind, fast=fast, start=start)
                 moved = _forward(model, other, np.array([0]), device, kind, fast=fast, start=start)

@@ -93,13 +93,21 @@ def test_every_choice_equals_one_forward_pass_of_its_own(make: Callable[[], torc
         assert greedy.tolist() == top and nats.dtype == np.float64
 
 
-def test_which_model_takes_packed_rows_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "expected"), [("cpu", ["additive", "additive", None]), ("cuda", ["bool", "additive", None])]
+)
+def test_which_model_takes_packed_rows_is_found_out(
+    device: str, expected: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_scorer.MASKS, "cpu", _scorer.MASKS[device])
     taken: list[Any] = []
     original = _scorer._mask_taken
     monkeypatch.setattr(_scorer, "_mask_taken", lambda *a, **k: taken.append(original(*a, **k)) or taken[-1])
     for make in (long_llama, eager, mistral):
-        choice_nats(checkpoint_of(make()), random_questions(40, context=40))
-    assert taken == ["bool", "additive", None]
+        model, questions = make(), random_questions(40, context=40)
+        for question, (nats, _) in zip(questions, choice_nats(checkpoint_of(model), questions), strict=True):
+            np.testing.assert_allclose(nats, by_hand(model, question)[0], rtol=0, atol=5e-5)
+    assert taken == expected
 
 
 def test_few_questions_take_the_plain_way_and_agree() -> None:
