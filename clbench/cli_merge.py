@@ -27,14 +27,14 @@ def merge(
             "--method",
             "-m",
             help="spear-mm, wise-ft, slerp, dg-hard, trim, dare, breadcrumbs, graft, intruders, learned-alpha; "
-            "of several experts ota; of checkpoints soup, greedy-soup, mwa.",
+            "of several experts task-arithmetic, ties, model-stock, ota; of checkpoints soup, greedy-soup, mwa.",
         ),
     ] = "spear-mm",
     expert: Annotated[
         list[Path] | None,
         typer.Option(
             "--expert",
-            help="ota, learned-alpha: another tuned model; several are given one by one.",
+            help="Methods of experts, learned-alpha: another tuned model; several are given one by one.",
             show_default=False,
         ),
     ] = None,
@@ -81,6 +81,7 @@ def merge(
         list[str] | None,
         typer.Option(help="A suite of questions for the general side, such as general:size=small.", show_default=False),
     ] = None,
+    density: Annotated[float, typer.Option(help="ties: share of each model's change that is kept.")] = 0.2,
     moments: Annotated[
         list[Path] | None,
         typer.Option(
@@ -142,6 +143,7 @@ def merge(
         interp=interp,
         embeddings=embeddings,
         experts=experts,
+        density=density,
         moments=tuple(moments or ()),
         suites=tuple(suite or ()),
         mix=mix,

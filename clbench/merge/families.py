@@ -17,13 +17,17 @@ from clbench.merge.plan import KEEP, RESTORE, Action, MergePlan, Rule
 from clbench.merge.scores import Granularity, block_number
 from clbench.merge.select import Ordering, strengths_of, surviving_neighbours, within
 
-PATHS = ("wise-ft", "slerp", "dg-hard", "trim", "dare", "breadcrumbs", "graft", "intruders", "ota")
+SEVERAL = ("task-arithmetic", "ties", "model-stock", "ota")
+"""Paths of several experts; their beginning is not the tuned model."""
+PATHS = ("wise-ft", "slerp", "dg-hard", "trim", "dare", "breadcrumbs", "graft", "intruders", *SEVERAL)
 SOUPS = ("soup", "greedy-soup", "mwa")
 METHODS = ("spear-mm", *PATHS, "learned-alpha", *SOUPS)
 N_LEVELS = 64
 """Steps of a path, the finest that is looked at."""
 GAMMA = 0.01
 """Share of the largest entries that breadcrumbs drops."""
+DENSITY = 0.2
+"""Share of each expert's change that ties keeps, as its paper does."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +59,26 @@ class Path(Family):
 
     ``trim``, ``dare``, ``breadcrumbs`` and ``graft`` keep the share ``1 - s`` of the change's entries. ``dg-hard`` has
     ``scale = s / (1 - s)``: 1 in the middle; its end is the base. ``intruders`` takes the share s of the intruder
-    dimensions away, so its end is not the base. ``ota`` merges several experts and gives each a say in the share
-    ``1 - s`` of its entries, so its beginning is not the tuned model.
+    dimensions away, so its end is not the base.
+
+    Those of SEVERAL merge experts, so their beginning is not the tuned model. ``task-arithmetic``, ``ties`` and
+    ``model-stock`` take the share ``1 - s`` of what these methods change in the base (lambda, the scale of the sum of
+    all task vectors, of the merged one, of the way to the stock); ``ota`` gives each expert a say in the share
+    ``1 - s`` of its entries.
 
     Args:
         name: one of PATHS.
         sources: what is merged; ``graft`` and ``ota`` need moments.
         seed: of ``dare``.
+        density: of ``ties``.
     """
 
-    def __init__(self, name: str, sources: Sources, *, seed: int = 0) -> None:
+    def __init__(self, name: str, sources: Sources, *, seed: int = 0, density: float = DENSITY) -> None:
         if name not in PATHS:
             raise ValueError(name)
         if name in ("graft", "ota") and sources.moments is None:
             raise ConfigError(f"{name} needs Adam's second moments", mend="give --moments RUN of every expert")
-        self.name, self.sources, self.seed = name, sources, seed
+        self.name, self.sources, self.seed, self.density = name, sources, seed, density
 
     def spot(self, q: float | None, s: float) -> Spot:
         """Return the merge at s.
@@ -82,7 +91,7 @@ class Path(Family):
         if not 0 <= s <= 1:
             raise ConfigError(f"s={s} is no strength", mend="give a number from 0 (tuned) to 1 (base)")
         label = f"{self.name} s={s:.3g}"
-        if (s == 0 and self.name != "ota") or (s == 1 and self.name != "intruders"):
+        if (s == 0 and self.name not in SEVERAL) or (s == 1 and self.name != "intruders"):
             return Spot(label, (BASE if s else TUNED).plan, {"s": s})
         return Spot(label, self._plan(s), {"s": s})
 
@@ -101,13 +110,22 @@ class Path(Family):
             return MergePlan(Action("breadcrumbs", {"density": 1 - s, "gamma": GAMMA}))
         if self.name == "intruders":
             return self._intruders(1 - s)
-        if self.name == "ota":
-            if s == 0:
-                return MergePlan(Action("ota"))
-            n = len(self.sources.experts)
-            thresholds = [graft_threshold(self.sources, 1 - s, expert) for expert in range(n)]
-            return MergePlan(Action("ota", {"thresholds": thresholds}))
+        if self.name in SEVERAL:
+            return MergePlan(self._several(s))
         return MergePlan(Action("graft", {"threshold": graft_threshold(self.sources, 1 - s)}))
+
+    def _several(self, s: float) -> Action:
+        """Return what is done with experts."""
+        n = len(self.sources.experts)
+        if self.name == "task-arithmetic":
+            return Action("task_arithmetic", {"weights": [1 - s] * n})
+        if self.name == "ties":
+            return Action("ties", {"density": self.density, "weights": [1.0] * n, "scale": 1 - s})
+        if self.name == "model-stock":
+            return Action("model_stock", {"scale": 1 - s})
+        if s == 0:
+            return Action("ota")
+        return Action("ota", {"thresholds": [graft_threshold(self.sources, 1 - s, expert) for expert in range(n)]})
 
     def _intruders(self, factor: float) -> MergePlan:
         """Return the plan for the matrices of the blocks, which are what adapters are put on, too."""

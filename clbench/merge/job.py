@@ -34,7 +34,7 @@ from clbench.merge.evaluate import (
     read_text,
 )
 from clbench.merge.execute import Sources, merge_folder, remove_stale
-from clbench.merge.families import METHODS, SOUPS, TUNED, Family, Learned, Restoring, Spot
+from clbench.merge.families import DENSITY, METHODS, SEVERAL, SOUPS, TUNED, Family, Learned, Restoring, Spot
 from clbench.merge.families import Path as PathFamily
 from clbench.merge.front import Point, cost_reduction, front
 from clbench.merge.outcome import Standing, Yardstick
@@ -60,6 +60,8 @@ if TYPE_CHECKING:
 MAX_WINDOW = 1024
 """Tokens in a window of the evaluation, at most."""
 FORMAT = 1
+ALIKE = {"task-arithmetic": "wise-ft", "ties": "trim", "model-stock": "wise-ft"}
+"""Methods of several experts -> what is left of them with one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,8 @@ class Options:
     embeddings: bool = False
     experts: tuple[Path, ...] = ()
     """Other models that started from the base; of soups the older checkpoints."""
+    density: float = DENSITY
+    """Of ``ties``."""
     moments: tuple[Path, ...] = ()
     """Adam's second moments of tuned and each expert: files, or what ``moments.find`` looks into."""
     suites: tuple[str, ...] = ()
@@ -162,11 +166,19 @@ class Options:
             raise ConfigError("freeze lists and impacts are of spear-mm's units", mend="give --method spear-mm")
         if self.mergekit and self.method in ("dg-hard", "graft", "dare", "ota", "intruders", *SOUPS):
             raise ConfigError(f"mergekit has no {self.method} like ours", mend="leave out --export-mergekit")
+        if self.mergekit and self.method == "model-stock" and self.s != 0:
+            raise ConfigError("mergekit's model stock has no strength", mend="give -s 0")
 
     def _check_several(self) -> None:
         """Refuse other models where the method has no use for them, and moments that do not fit their number."""
-        if self.experts and self.method not in ("ota", "learned-alpha", *SOUPS):
-            raise ConfigError(f"{self.method} has one tuned model", mend="give --method ota or learned-alpha")
+        if self.experts and self.method not in (*SEVERAL, "learned-alpha", *SOUPS):
+            mend = f"give --method {', '.join(SEVERAL)} or learned-alpha"
+            raise ConfigError(f"{self.method} has one tuned model", mend=mend)
+        if not self.experts and self.method in ALIKE:
+            mend = f"give --expert MODEL, or --method {ALIKE[self.method]}"
+            raise ConfigError(f"{self.method} merges several tuned models", mend=mend)
+        if not 0 < self.density <= 1:
+            raise ConfigError(f"--density {self.density:g} is no share", mend="give more than 0 and at most 1")
         n_wanted = {"graft": 1, "ota": 1 + len(self.experts)}.get(self.method, 0)
         if len(self.moments) != n_wanted:
             n = f"{len(self.moments)} --moments" if self.moments else "no --moments"
@@ -406,7 +418,8 @@ def prepare(options: Options) -> tuple[Result, Any]:
         retraining=retraining_of(options),
     )
     if options.mergekit:
-        _mergekit(options, sources, result.family.spot(0.5 if options.method == "spear-mm" else None, 0.5))
+        middle = 0.5 if options.s is None else options.s
+        _mergekit(options, sources, result.family.spot(0.5 if options.method == "spear-mm" else None, middle))
     return result, tokenizer
 
 
@@ -494,7 +507,7 @@ def family_of(options: Options, sources: Sources, scores: list[TensorScore]) -> 
         n_ends = 1 + len(sources.experts)
         return Learned(dict.fromkeys(learn.units_of(list(sources.tuned.layout)).values(), (1 / n_ends,) * n_ends))
     if options.method != "spear-mm":
-        return PathFamily(options.method, sources, seed=options.seed)
+        return PathFamily(options.method, sources, seed=options.seed, density=options.density)
     order = order_units(scores, by=options.choose, granularity=options.granularity, seed=options.seed)
     dimensions = {name: len(info.shape) for name, info in sources.tuned.layout.items() if info.is_merged}
     return Restoring(
@@ -715,7 +728,14 @@ def write(result: Result, *, report: Path | None = None, progress: Callable[[int
 
 def _mergekit(options: Options, sources: Sources, spot: Spot) -> str:
     dimensions = {name: len(info.shape) for name, info in sources.tuned.layout.items()}
-    return to_mergekit_yaml(spot.plan, dimensions, tuned=str(options.tuned), base=str(options.base), lerp_as_slerp=True)
+    return to_mergekit_yaml(
+        spot.plan,
+        dimensions,
+        tuned=str(options.tuned),
+        base=str(options.base),
+        others=[str(one) for one in options.experts],
+        lerp_as_slerp=True,
+    )
 
 
 # --- what it would cost

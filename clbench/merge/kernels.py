@@ -264,8 +264,10 @@ def breadcrumbs(w1: torch.Tensor, w0: torch.Tensor, *, density: float, gamma: fl
 # --- several experts --------------------------------------------------------------------------------------------------
 
 
-def model_stock(w1: torch.Tensor, w0: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return t mean(w_i) + (1-t) w0, t = N c / (1 + (N-1) c) (arXiv 2403.19522).
+def model_stock(
+    w1: torch.Tensor, w0: torch.Tensor, others: Sequence[torch.Tensor], *, scale: float = 1.0
+) -> torch.Tensor:
+    """Return w0 + scale t (mean(w_i) - w0), t = N c / (1 + (N-1) c) (arXiv 2403.19522; there the scale is 1).
 
     c is the mean cosine between the N task vectors. t is 0 for orthogonal and 1 for parallel ones. Where it has no
     value (zero vectors, c = -1/(N-1)): the base.
@@ -279,7 +281,7 @@ def model_stock(w1: torch.Tensor, w0: torch.Tensor, others: Sequence[torch.Tenso
     bottom = 1 + (n - 1) * c
     if math.isnan(c) or abs(bottom) < 1e-6:
         return w0.to(w1.dtype, copy=True)
-    return _added(w0, sum(changes[1:], changes[0]) * (c / bottom), w1)
+    return _added(w0, sum(changes[1:], changes[0]) * (scale * c / bottom), w1)
 
 
 def mean(

@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, tuple[type, ...]]] = {
     "ties": {"density": NUMBER, "weights": NUMBERS, "scale": NUMBER, "normalize": FLAG},
     "dare": {"density": NUMBER, "seed": NUMBER, "rescale": TEXT},
     "breadcrumbs": {"density": NUMBER, "gamma": NUMBER},
-    "model_stock": {},
+    "model_stock": {"scale": NUMBER},
     "dg_hard": {"scale": NUMBER, "min_numel": NUMBER},
     "graft": {"threshold": NUMBER, "density": NUMBER},
     "ota": {
@@ -288,6 +288,8 @@ def _delta_config(kernel: str, actions: Mapping[str, Action], models: Sequence[s
         raise ConfigError(f"{kernel} has {len(weights)} weights for {len(models)} models", mend="give one a model")
     config: dict[str, Any] = {"base_model": base, "models": _models(base, *models)}
     if kernel == "model_stock":
+        if options.get("scale", 1.0) != 1:
+            raise ConfigError("mergekit's model_stock has no scale", mend="give scale 1, which is -s 0")
         return {"merge_method": "model_stock", **config}
     if kernel == "nuslerp" and len(models) == 2:
         t = options["t"]

@@ -227,7 +227,7 @@ class Walk:
                     family = self.family
                     first = family.spot(None, 0.0)
                     if first.plan.sha256 != TUNED.plan.sha256 and self._keeps(self._measure(first)):
-                        return self.best()  # experts together keep enough before any mask
+                        return self.best()  # experts together keep enough as they are
                     self.bracket(0, N_LEVELS, lambda level: family.spot(None, level / N_LEVELS))
             except OutOfBudgetError:
                 self.exhausted = True

@@ -346,6 +346,71 @@ def test_graft_and_ota_find_the_moments_of_a_run(runs: Path, clbench_home: Path,
         assert known[role]["weights_sha256"] == tensors.layout_sha256(source, digests)
 
 
+def by_definition(method: str, base: torch.Tensor, experts: list[torch.Tensor], s: float) -> torch.Tensor:
+    """One tensor by the papers' formulas, in float64 and entry by entry where that matters."""
+    w0 = base.double()
+    changes = [expert.double() - w0 for expert in experts]
+    if method == "task-arithmetic":
+        return w0 + (1 - s) * sum(changes)
+    if method == "model-stock":
+        (a, b), n = changes, 2
+        cos = float((a * b).sum() / a.norm() / b.norm())
+        t = n * cos / (1 + (n - 1) * cos)
+        return w0 + (1 - s) * t * (a + b) / 2
+    kept = []
+    for change in changes:  # ties: the largest half of each, signs by their sum, then the mean of those that agree
+        order = sorted(range(change.numel()), key=lambda i: -abs(float(change.flatten()[i])))
+        mask = torch.zeros(change.numel(), dtype=torch.bool)
+        mask[order[: max(1, change.numel() // 2)]] = True
+        kept.append(change.flatten() * mask)
+    merged = [
+        sum(agree) / len(agree) if (agree := [x for x in pair if x and (x > 0) == (sum(pair) >= 0)]) else 0.0
+        for pair in zip(*(change.tolist() for change in kept), strict=True)
+    ]
+    return w0 + (1 - s) * torch.tensor(merged, dtype=torch.float64).reshape(w0.shape)
+
+
+@pytest.mark.parametrize("s", [0.0, 0.4])
+@pytest.mark.parametrize("method", ["task-arithmetic", "ties", "model-stock"])
+def test_experts_are_merged_as_their_papers_say(
+    runs: Path, clbench_home: Path, tmp_path: Path, method: str, s: float
+) -> None:
+    (base,) = clbench_home.glob("bases/tiny-*/model")
+    release = next(runs.glob("tiny/sequential/seed-0")) / "release"
+    one, two = release / "stage-03", release / "stage-01"
+    models = ("--base", base, "--tuned", one, "--expert", two, "--density", 0.5)
+    done = clbench("merge", *models, "-m", method, "-s", s, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    w0, w1, w2 = (weights(place) for place in (base, one, two))
+    for name, merged in weights(tmp_path / "out").items():
+        wanted = by_definition(method, w0[name], [w1[name], w2[name]], s)
+        torch.testing.assert_close(merged.double(), wanted, rtol=1e-4, atol=1e-6)
+    inputs = json.loads((tmp_path / "out" / "merge_plan.json").read_text())["inputs"]
+    assert list(inputs) == ["tuned", "base", "other_1"]
+
+
+def test_experts_are_searched_from_their_merge_to_the_base_and_exported(
+    forgetful: tuple[Path, Path, Path], runs: Path, tmp_path: Path
+) -> None:
+    expert = next(runs.glob("tiny/sequential/seed-0")) / "release" / "stage-01"
+    texts = ("--domain", forgetful[2], "--general", "tinydocs@0", "--tokens", 400, "--device", "cpu")
+    config = tmp_path / "merge.yml"
+    facts = found(
+        merge(
+            forgetful[:2], *texts, "--expert", expert, "-m", "ties", "-s", 0.25, "--export-mergekit", config, "--json"
+        )
+    )
+    assert facts["chosen"] == "ties s=0.25" and facts["experts"] == [expert.name]
+    exported = yaml.safe_load(config.read_text())
+    assert exported["merge_method"] == "ties" and exported["parameters"] == {"normalize": True, "lambda": 0.75}
+    assert [one["model"] for one in exported["models"]] == list(map(str, (forgetful[0], forgetful[1], expert)))
+    assert [one["parameters"]["density"] for one in exported["models"][1:]] == [0.2, 0.2]
+    searched = found(merge(forgetful[:2], *texts, "--expert", expert, "-m", "task-arithmetic", "--keep", 0.9, "--json"))
+    labels = {point["label"]: point["standing"]["general"]["value"] for point in searched["points"]}
+    assert "task-arithmetic s=0" in labels and len(labels) > 3  # what the experts make is measured before the path
+    assert labels[searched["chosen"]] >= 0.9
+
+
 QUIZ = '''
 import numpy as np
 from clbench.suite import Rows, Suite
@@ -407,6 +472,10 @@ def test_a_suite_stands_beside_the_losses_and_alpha_is_learnt_on_other_documents
         (("-m", "wise-ft", "-s", 0.5, "--moments", "RUN"), "leave them out"),
         (("-m", "graft", "-s", 0.5, "--moments", "nowhere"), "moments are missing"),
         (("-m", "wise-ft", "-s", 0.5, "--expert", "RUN"), "one tuned model"),
+        (("-m", "ties", "-s", 0.5), "--method trim"),
+        (("-m", "model-stock", "-s", 0.5), "--method wise-ft"),
+        (("-m", "ties", "-s", 0.5, "--expert", "RUN", "--density", 0), "is no share"),
+        (("-m", "model-stock", "-s", 0.5, "--expert", "RUN", "--export-mergekit", "x.yml"), "give -s 0"),
         (("-m", "soup", "-s", 0.5), "no strength"),
         (("-m", "learned-alpha", "-s", 0.5), "reads text"),
         (("-m", "greedy-soup"), "reads text"),
