@@ -211,7 +211,11 @@ def _answer(lm: ClbenchLM, instances: list[Any]) -> None:
 
 def _ids(task: Any, docs: list[dict[str, Any]]) -> list[str]:
     """Return the names of documents: their own where each has one and no two the same, else their numbers."""
-    own = [doc.get("id") for doc in task.eval_docs] if docs and "id" in docs[0] else []
+    import datasets
+
+    own, whole = [], task.eval_docs
+    if docs and "id" in docs[0]:
+        own = list(whole["id"]) if isinstance(whole, datasets.Dataset) else [doc.get("id") for doc in whole]
     if own and all(isinstance(one, (str, int)) for one in own) and len({str(one) for one in own}) == len(own):
         return [str(doc["id"]) for doc in docs]
     return [str(number) for number in range(len(docs))]

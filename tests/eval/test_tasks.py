@@ -328,19 +328,27 @@ def test_other_ways_to_run_code_are_refused(tmp_path: Path, change: dict[str, An
         load_tasks(["choice"], include_path=folder)
 
 
-def test_a_template_is_filled_in_once_for_a_document_and_again_when_it_changed() -> None:
+def test_a_template_is_filled_in_once_for_a_document_and_again_when_it_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval import utils
 
-    filled: list[str] = []
-    doc = {"q": "one", "a": np.arange(3), "note": lambda: filled.append("x") or len(filled)}
-    plain = {key: doc[key] for key in ("q", "note")}
+    doc: dict[str, Any] = {"q": "one", "c": ["a", "b"]}
+    made: list[str] = []
+    compiled = _lm_ready._compiled
+    monkeypatch.setattr(_lm_ready, "_compiled", lambda template: made.append(template) or compiled(template))
+
+    def told(template: str = "{{ q }} {{ c[0] }}") -> tuple[str, int]:
+        return str(utils.apply_template(template, doc)), len(made)
+
     with _lm_ready.ready():
-        for one in (plain, plain, dict(plain)):
-            utils.apply_template("{{ q }} {{ note() }}", one)
-        assert len(filled) == 2
-        plain["q"] = "two"
-        assert utils.apply_template("{{ q }} {{ note() }}", plain) == "two 3"
-        assert [utils.apply_template("{{ q }} {{ note() }}", doc) for _ in range(2)] == ["one 4", "one 5"]  # an array
+        assert [told(), told()] == [("one a", 1), ("one a", 1)]
+        assert [told("{{ q }}"), told()] == [("one", 2), ("one a", 2)]
+        doc["c"][0] = "z"  # inside of it, too
+        assert [told(), told()] == [("one z", 3), ("one z", 3)]
+        doc["c"] = np.arange(3)  # nobody can say cheaply whether this has changed
+        assert [told(), told()] == [("one 0", 4), ("one 0", 5)]
+    with _lm_ready.ready():
+        doc["c"] = ["z", "b"]
+        assert told() == ("one z", 6)  # nothing is kept
 
 
 def test_templates_run_in_a_sandbox(tmp_path: Path) -> None:
