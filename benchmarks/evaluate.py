@@ -117,21 +117,31 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
 
 
 class InModel:
-    """Processor seconds spent in a model's layers and its head."""
+    """Seconds spent in a model's layers and its head: of the processor, or of a device until its work is done."""
 
-    def __init__(self, model: Any) -> None:
-        self.seconds, self.depth, self.start = 0.0, 0, 0.0
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        model = checkpoint.model
+        self.seconds, self.depth, self.start, self.device = 0.0, 0, 0.0, checkpoint.device
         self.parts = [model, model.base_model, model.get_output_embeddings()]
+
+    def now(self) -> float:
+        """Return seconds on the clock, after what the device has to do."""
+        if self.device.type == "cpu":
+            return time.process_time()
+        import torch
+
+        torch.accelerator.synchronize(self.device)  # a pass is only begun when it returns
+        return time.perf_counter()
 
     def _enter(self, *_: Any) -> None:
         self.depth += 1
         if self.depth == 1:
-            self.start = time.process_time()
+            self.start = self.now()
 
     def _leave(self, *_: Any) -> None:
         self.depth -= 1
         if self.depth == 0:
-            self.seconds += time.process_time() - self.start
+            self.seconds += self.now() - self.start
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -277,12 +287,14 @@ def outside(arguments: argparse.Namespace, checkpoint: Checkpoint, name: str) ->
 
     with ready():
         task = as_task(configuration(name, arguments.questions, arguments.shots))
-    lm, inside = ClbenchLM(checkpoint), InModel(checkpoint.model)
+    lm, inside = ClbenchLM(checkpoint), InModel(checkpoint)
     run_tasks(lm, [task])
     with inside.counted():
-        _, _, seconds = timed(lambda: run_tasks(lm, [task]))
+        start = inside.now()
+        run_tasks(lm, [task])
+        seconds = inside.now() - start
     share = 1 - inside.seconds / seconds
-    print(f"\n{name}, whole task: {seconds:.2f} CPU s, of which **{share:.1%}** outside the model and its head")
+    print(f"\n{name}, whole task: {seconds:.2f} s, of which **{share:.1%}** outside the model and its head")
     return {"seconds": seconds, "share": share}
 
 
@@ -322,11 +334,12 @@ def main() -> None:
     parser.add_argument("--matrix", help="a track whose full matrix is timed")
     parser.add_argument("--device", default="cpu", help="cpu, cuda …")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", default="cpu", choices=["cpu", "wall"], help="what the tables count")
+    parser.add_argument("--clock", choices=["cpu", "wall"], help="what the tables count; cpu where --device is")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32], help="of lm-eval")
     parser.add_argument("--count", action="store_true", help="count positions, time nothing")
     arguments = parser.parse_args()
+    arguments.clock = arguments.clock or ("cpu" if arguments.device == "cpu" else "wall")
 
     import lm_eval
     import torch
