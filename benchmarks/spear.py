@@ -7,7 +7,8 @@
 For every seed whose run has released its last stage: base, tuned (standard continued pretraining), and for each policy
 SPEAR-MM with SLERP and with LERP, random units three times, the lowest scores, drift alone, first and last blocks,
 CheckFree's neighbour average, and uniform WiSE-FT at equal mean distance; then SPEAR-MM with the tensors outside the
-blocks, and uniform at that distance. Last, every block restored alone, which is what the scores are to foretell.
+blocks, random units with these, these alone, and uniform at that distance. Last, every block restored alone, which is
+what the scores are to foretell.
 
 Every measurement is kept in ``CLBENCH_HOME/merges`` under the digests of weights, texts and plan: the same command goes
 on where it was killed. After each seed ``spear.json`` and ``spear.md`` are written with what there is. Intervals are t
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     from clbench.merge.search import Measured
 
 PAPER = "The paper (Llama-3.1-8B, finance): retention 69.7 % -> 91.2 %, 94 % of the domain gain kept, 90 % less cost."
-MAIN = ("spear", "random 1", "uniform", "checkfree")
+EMBEDDINGS = ", embeddings"
+MAIN = ("spear", "random 1", "uniform", "checkfree", "spear, embeddings", "no units, embeddings")
 """Arms of each policy that answer questions, too, where a suite is given; base and tuned always do."""
 RANDOM = tuple(f"random {n}" for n in (1, 2, 3))
 AXES = ("general", "domain", "undone", "both")
@@ -53,6 +55,8 @@ WORDS = {
     "checkfree": "neighbours' mean (CheckFree)",
     "uniform": "uniform WiSE-FT, equal distance",
     "spear, embeddings": "SPEAR-MM and embeddings",
+    "random, embeddings": "random blocks and embeddings (mean of 3)",
+    "no units, embeddings": "embeddings alone",
     "uniform, embeddings": "uniform at that distance",
 }
 
@@ -109,8 +113,8 @@ def prepared(arguments: argparse.Namespace, base: Path, stream: str, stage: int,
 
 def arms_of(result: Result, seed: int, policies: Sequence[str], embeddings: bool) -> Iterator[Arm]:
     """Yield what is measured of one seed, policy by policy."""
-    from clbench.merge.families import Restoring, Spot, plan_of_strength
-    from clbench.merge.search import controls, equal_distance
+    from clbench.merge.families import Restoring
+    from clbench.merge.search import controls
     from clbench.merge.select import POLICIES
 
     family = result.family
@@ -126,8 +130,12 @@ def arms_of(result: Result, seed: int, policies: Sequence[str], embeddings: bool
             wide = Restoring(family.order, family.dimensions, outside=True, granularity=family.granularity)
             chosen = wide.spot(policy.q, policy.s)
             yield Arm(name, "spear, embeddings", chosen)
-            s = equal_distance(chosen, result.sources, result.scores, wide)
-            yield Arm(name, "uniform, embeddings", Spot(f"uniform, s={s:.3g}", plan_of_strength(s), {"s": s}))
+            for spot in controls(wide, chosen, result.scores, result.sources, seed=seed):
+                label = spot.label.partition(", s=")[0]
+                if label in (*RANDOM, "uniform"):
+                    yield Arm(name, label + EMBEDDINGS, spot)
+                elif label == "no units, embeddings":
+                    yield Arm(name, label, spot)
 
 
 def angles(result: Result) -> dict[str, float]:
@@ -203,11 +211,7 @@ def accuracies(arguments: argparse.Namespace, seed: int, result: Result, tokeniz
 
     desk = job.open_desk(result, tokenizer, None).beside(SuiteJudge(arguments.suite), tell=say)
     arms = [Arm("", "base", BASE), Arm("", "tuned", TUNED)]
-    arms += [
-        arm
-        for arm in arms_of(result, seed, arguments.policies, not arguments.no_embeddings)
-        if arm.name in MAIN or arm.name == "spear, embeddings"
-    ]
+    arms += [arm for arm in arms_of(result, seed, arguments.policies, not arguments.no_embeddings) if arm.name in MAIN]
     table = []
     base: dict[str, float] = {}
     for arm in arms:
@@ -282,14 +286,16 @@ def collected(seeds: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, list[
     for one in seeds.values():
         here = {(point["policy"], point["arm"]): figures(point) for point in one["arms"]}
         for policy in dict.fromkeys(policy for policy, _ in here):
-            draws = [here[policy, name] for name in RANDOM if (policy, name) in here]
-            if draws:
-                here[policy, "random"] = {key: math.fsum(d[key] for d in draws) / len(draws) for key in draws[0]}
+            for kind in ("", EMBEDDINGS):
+                draws = [here.pop((policy, name + kind)) for name in RANDOM if (policy, name + kind) in here]
+                if draws:
+                    mean = {key: math.fsum(draw[key] for draw in draws) / len(draws) for key in draws[0]}
+                    here[policy, f"random{kind}"] = mean
         for key, values in here.items():
             for name, value in values.items():
                 table.setdefault(key, {}).setdefault(name, []).append(value)
     whole = {key: values for key, values in table.items() if len(values["general"]) == len(seeds)}
-    policies, arms = list(dict.fromkeys(policy for policy, _ in table)), ["base", "tuned", *WORDS, *RANDOM]
+    policies, arms = list(dict.fromkeys(policy for policy, _ in table)), ["base", "tuned", *WORDS]
     return dict(sorted(whole.items(), key=lambda item: (policies.index(item[0][0]), arms.index(item[0][1]))))
 
 
@@ -302,18 +308,13 @@ def summary(seeds: Mapping[str, Any]) -> dict[str, Any]:
     ]
     pairs = []
     for (policy, arm), values in table.items():
-        rival = "uniform, embeddings" if arm == "spear, embeddings" else None
-        wanted = (
-            [rival]
-            if rival
-            else [a for p, a in table if p == policy and a in WORDS and a != "spear" and "emb" not in a]
-        )
-        if arm in ("spear", "spear, embeddings"):
+        kind = EMBEDDINGS if arm.endswith(EMBEDDINGS) else ""
+        wanted = [a for p, a in table if p == policy and a.endswith(EMBEDDINGS) == bool(kind) and a != arm]
+        if arm == f"spear{kind}":
             pairs += [
                 {"policy": policy, "arm": arm, "less": other,
                  **{axis: _interval(paired_t(values[axis], table[policy, other][axis])) for axis in AXES}}
                 for other in wanted
-                if (policy, other) in table
             ]  # fmt: skip
     return {"arms": arms, "differences": pairs, "rho": _rhos(seeds), "cost": _costs(seeds), "accuracy": _known(seeds)}
 
@@ -401,7 +402,7 @@ def page(found: Mapping[str, Any]) -> str:
         "| policy | SPEAR-MM less | general retention | domain gain kept | undone | undone + kept |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {one['policy']} | {WORDS[one['less']]} | "
+            f"| {one['policy']}{EMBEDDINGS if one['arm'].endswith(EMBEDDINGS) else ''} | {WORDS[one['less']]} | "
             + " | ".join(share(one[axis], sign=True) for axis in AXES)
             + " |"
             for one in whole["differences"]
@@ -421,8 +422,6 @@ def _arms_table(arms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield f"| {' | '.join(['policy', 'merge', *axes, *sides])} |"
     yield "|---|---|---|---|---|---|---|"
     for arm in arms:
-        if arm["arm"] in RANDOM:
-            continue
         name = WORDS.get(arm["arm"], {"base": "base", "tuned": "standard continued pretraining"}.get(arm["arm"], ""))
         bits = [
             f"{plain(arm[f'{side}_bits'], 4)} ({arm[f'{side}_nats']['value']:.3f})" for side in ("general", "domain")

@@ -327,9 +327,10 @@ def controls(
     """Return what a pick has to be compared with, without which it proves nothing.
 
     SPEAR-MM: random units three times, the lowest scores, the largest drift, first and last units, all of about
-    equal restored share; LERP for SLERP; the same units moved towards the blocks around them in the place of the base
-    (CheckFree, a negative control: no base, and no training afterwards); and uniform WiSE-FT at equal mean distance
-    from the tuned model, which is the control of every other method, too.
+    equal restored share; where what lies outside the units is restored, too, that alone; LERP for SLERP; the same
+    units moved towards the blocks around them in the place of the base (CheckFree, a negative control: no base, and
+    no training afterwards); and uniform WiSE-FT at equal mean distance from the tuned model, which is the control of
+    every other method, too.
     """
     found: list[Spot] = []
     if isinstance(family, Restoring) and chosen.about.get("units"):
@@ -341,6 +342,8 @@ def controls(
             order = order_units(scores, by=by, granularity=family.granularity, seed=draw_seed)
             spot = family.with_order(order).spot(q, s)
             found.append(Spot(f"random {draw + 1}" if by == "random" else by, spot.plan, spot.about))
+        if family.outside:
+            found.append(Spot("no units, embeddings", family.plan((), s), {"q": 0.0, "s": s, "units": []}))
         if family.interp == "slerp" and s < 1:
             line = family.with_order(family.order, interp="lerp").plan(chosen.about["units"], s)
             found.append(Spot("same units, lerp", line, chosen.about))

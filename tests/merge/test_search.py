@@ -346,6 +346,16 @@ def test_controls_restore_as_much_and_uniform_is_as_far_away(lab: Lab) -> None:
     assert far[0] == pytest.approx(far[1], rel=1e-4)
 
 
+def test_what_lies_outside_is_a_control_of_its_own(lab: Lab) -> None:
+    dimensions = {name: weight.ndim for name, weight in lab.tuned.items()}
+    chosen, label = lab.restoring().first(4, 0.7), "no units, embeddings"
+    found = search.controls(lab.restoring(outside=True), chosen, lab.scores, lab.sources)
+    (alone,) = [spot for spot in found if spot.label == label]
+    moved = {name for name, n in dimensions.items() if alone.plan.action(name, n) != KEEP}
+    assert moved == {name for name in dimensions if "layers." not in name} and moved
+    assert label not in {spot.label for spot in search.controls(lab.restoring(), chosen, lab.scores, lab.sources)}
+
+
 def test_uniform_is_as_far_as_any_other_method(lab: Lab) -> None:
     family = PathFamily("trim", lab.sources)
     chosen = family.spot(None, 0.5)

@@ -39,6 +39,9 @@ def seed(shift: float) -> Any:
             arm("balanced", "spear", 0.9 + shift, 0.7, 0.5, flops=10.0),
             *(arm("balanced", f"random {n}", 0.9 + d, 0.6, 0.5) for n, d in ((1, -0.1), (2, 0.0), (3, 0.1))),
             arm("balanced", "uniform", 0.95, 0.7, None),
+            arm("balanced", "spear, embeddings", 0.97 + shift, 0.8, 0.5),
+            *(arm("balanced", f"random {n}, embeddings", 0.9 + d, 0.8, 0.5) for n, d in ((1, -0.1), (2, 0.1))),
+            arm("balanced", "no units, embeddings", 0.98, 0.9, 0.5),
         ],
         "impact": {"rho": {"spear": {"value": 0.5 + shift, "why": None}, "svdr": {"value": None, "why": "equal"}}},
     }
@@ -55,6 +58,8 @@ def test_differences_are_paired_by_seed_and_intervals_are_those_of_t() -> None:
     assert pair["domain"]["value"] == pytest.approx(0.1)
     uniform = next(one for one in found["differences"] if one["less"] == "uniform")
     assert uniform["undone"]["value"] is None  # undefined in a seed, so undefined
+    wide = {one["less"]: one["general"]["value"] for one in found["differences"] if one["arm"] == "spear, embeddings"}
+    assert wide == pytest.approx({"random, embeddings": 0.07 + mean, "no units, embeddings": mean - 0.01})
     assert found["rho"]["spear"]["value"] == pytest.approx(0.5 + mean)
     assert found["rho"]["svdr"]["value"] is None
 
@@ -74,6 +79,7 @@ def test_arms_that_a_seed_lacks_are_left_out_and_the_page_names_the_rest(tmp_pat
     text = (tmp_path / "spear.md").read_text()
     assert "uniform" not in text
     assert "random blocks (mean of 3) | 90.0" in text
+    assert "| balanced, embeddings | embeddings alone | -1.0" in text
     assert json.loads((tmp_path / "spear.json").read_text())["seeds"] == seeds
     assert spear.main(["--out", str(tmp_path), "--table"]) == 0
     assert capsys.readouterr().out.strip() == text.strip()
