@@ -277,8 +277,9 @@ def show_stage_table(title: str, table: StageTable) -> None:
     if not table.scores:
         console.print("its suites have no scores by task", style="dim")
         return
-    grid = Table()
-    grid.add_column("task", overflow="fold")
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    words = [word for task in ("task", "retained,", *table.scores) for word in task.split()]
+    grid.add_column("task", overflow="fold", min_width=min(24, max(map(len, words))))
     for stage, name in table.stages.items():
         grid.add_column(f"{stage} {name}" if stage else name, justify="right")
     plain = len(table.stages) > FEW_STAGES

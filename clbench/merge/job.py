@@ -749,7 +749,8 @@ def forecast(options: Options) -> dict[str, Any]:
     n = 1 if options.is_fixed else options.n_evaluations
     if options.method in ("greedy-soup", "mwa"):  # every ingredient, and of greedy soups a mean for each
         n = (2 if options.method == "greedy-soup" else 1) * len(result.sources.models)
-    found["evaluations"] = {"ends": 2, "walk": n, "controls": (10 + options.embeddings) if options.controls else 0} if texts else {}
+    n_controls = (10 + options.embeddings) if options.controls else 0
+    found["evaluations"] = {"ends": 2, "walk": n, "controls": n_controls} if texts else {}
     if options.impact and isinstance(family, Restoring):
         found["evaluations"]["impact"] = len(family.order.units)
     if texts:
