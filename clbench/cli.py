@@ -311,9 +311,11 @@ def _measure_extras(
 
 
 def _name_failures(failures: Sequence[Failure]) -> None:
-    """Name every cell that failed, and end with exit code 1."""
-    for failure in failures:
-        print_error(str(failure))
+    """Name all cells that failed, and end with exit code 1."""
+    from clbench.fanout import told
+
+    for line in told(failures):
+        print_error(line)
     if failures:
         raise typer.Exit(1)
 

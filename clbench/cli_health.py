@@ -78,7 +78,7 @@ def health(
     else:
         show(found)
         typer.echo(str(path))
-    for failure in found.failures:
+    for failure in fanout.told(found.failures):
         typer.secho(f"error: {failure}", fg="red", err=True)
     if found.failures or (fail_on_damage and found.damaged):
         raise typer.Exit(1)

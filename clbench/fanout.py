@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
@@ -140,6 +140,14 @@ class Failure:
     def __str__(self) -> str:
         part = f" · {self.shard}" if self.shard else ""
         return f"{self.subject} · {self.request}{part}: {self.why}"
+
+
+def told(failures: Iterable[Failure]) -> list[str]:
+    """Return a line a failure, and one for all cells of a checkpoint and a suite that failed for the same reason."""
+    alike: dict[Failure, list[str]] = {}
+    for one in failures:
+        alike.setdefault(replace(one, shard=""), []).append(one.shard)
+    return [str(replace(one, shard=", ".join(filter(None, shards)))) for one, shards in alike.items()]
 
 
 @dataclass

@@ -7,7 +7,7 @@ written by ``clbench.leaderboard.health_page``. What the words mean: docs/health
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,17 @@ from clbench import extras, fanout, pretrained, registry, run_weights
 from clbench.build import stream_folder
 from clbench.errors import ClbenchError, ConfigError, NotFoundError
 from clbench.fanout import TEXT_SUITE, Failure, Job, Outcome, Request, Subject
+from clbench.files import read_json
 from clbench.results import tasks
 from clbench.results.matrix import finite_or_none
 from clbench.results.stats import Interval
 from clbench.results.store import RunStore, utc_now
 from clbench.results.tasks import Change, Fate, Retention, Task
 
-DEFAULT_SUITES = ("general:size=small", "longcontext:lengths=1024,n_items=25")
+DEFAULT_SUITES = ("general:size=small", "longcontext:lengths=LENGTH,n_items=25")
 """Measured where nothing is named, as far as they are prepared."""
+DEFAULT_LENGTHS = (1024, 512)
+"""LENGTH is the first of these that all models read."""
 ROLES = ("model", "baseline", "base")
 
 
@@ -146,7 +149,7 @@ def examine(options: Options) -> Health:
         ConfigError: nothing that could be measured.
     """
     subjects = _subjects(options)
-    requests, skipped = choose(options)
+    requests, skipped = choose(options, least_positions(subjects.values()))
     jobs = [Job(subject=subject, requests=tuple(requests)) for subject in subjects.values()]
     outcome = fanout.measure(jobs, n_jobs=options.n_jobs, devices=options.devices)
     found = {role: _tasks(outcome, j, requests) for j, role in enumerate(subjects)}
@@ -226,8 +229,23 @@ def _release_digest(folder: Path) -> str:
     return store.stage_record(int(stage))["weights_sha256"] if int(stage) in store.stages_done() else ""
 
 
-def choose(options: Options) -> tuple[list[Request], dict[str, str]]:
+def least_positions(subjects: Iterable[Subject]) -> int | None:
+    """Return how many tokens the model with the fewest positions reads, None where no configuration says."""
+    found = []
+    for subject in subjects:
+        path = Path(subject.path) / "config.json"
+        config = read_json(path) if path.is_file() else {}
+        has = {**config, **config.get("text_config", {})}.get("max_position_embeddings")
+        found += [has] if isinstance(has, int) else []
+    return min(found, default=None)
+
+
+def choose(options: Options, n_positions: int | None = None) -> tuple[list[Request], dict[str, str]]:
     """Return what is asked, and which suites of the default choice are left out, and why.
+
+    Args:
+        options: what was named.
+        n_positions: tokens that all models read; None: not known.
 
     Raises:
         NotFoundError, ConfigError: a suite or text that was named cannot be measured, or nothing is left.
@@ -248,9 +266,14 @@ def choose(options: Options) -> tuple[list[Request], dict[str, str]]:
     for place in options.texts:
         requests.append(_checked(Request(spec=TEXT_SUITE, text=place, column=options.text_column)))
     if not options.suites and not options.texts:
+        length = next((n for n in DEFAULT_LENGTHS if n_positions is None or n <= n_positions), None)
         for spec in DEFAULT_SUITES:
+            if "LENGTH" in spec and length is None:
+                least = min(DEFAULT_LENGTHS)
+                skipped[spec.partition(":")[0]] = f"a model reads {n_positions} tokens, it begins with {least} here"
+                continue
             try:
-                requests.append(_checked(Request(spec=spec)))
+                requests.append(_checked(Request(spec=spec.replace("LENGTH", str(length)))))
             except ClbenchError as error:
                 skipped[spec] = str(error)
     if not requests:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from clbench.fanout import told
 from clbench.files import write_text
 from clbench.leaderboard import charts
 from clbench.leaderboard.page import DASH, duration, json_text, number, scaled, signed
@@ -70,7 +71,7 @@ def health_page(health: Health) -> str:
         fates=[fate_row(one) for one in health.fates],
         rates=rate_rows(health.fates),
         skipped=sorted(health.skipped.items()),
-        failures=[str(one) for one in health.failures],
+        failures=told(health.failures),
         bill=bill_rows(health.bill),
         licences=sorted(health.licences.items()),
         download=f"data:application/json;base64,{text}",

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from clbench import cells, health
 from clbench.cli import app
 from clbench.errors import ConfigError, NotFoundError
+from clbench.fanout import Failure, Subject, told
 from clbench.health import Options, examine
 from clbench.leaderboard.health_page import build_health_page, health_page
 from tests import probe_suite
@@ -205,6 +206,38 @@ def test_bad_input_is_said(
 ) -> None:
     with pytest.raises(kind, match=expected):
         examine(Options(**{"model": models["base"], **change}))
+
+
+@pytest.mark.parametrize(
+    ("positions", "spec"),
+    [(None, "1024"), (2048, "1024"), (1024, "1024"), (1023, "512"), (512, "512"), (511, None)],
+)
+def test_the_default_lengths_are_those_that_the_models_read(
+    models: dict[str, str], positions: int | None, spec: str | None, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(health, "DEFAULT_SUITES", ("longcontext:lengths=LENGTH,n_items=25",))
+    if spec is None:
+        with pytest.raises(ConfigError, match="no suite can be measured: longcontext: a model reads 511 tokens"):
+            health.choose(Options(model=models["base"]), positions)
+    else:
+        requests, skipped = health.choose(Options(model=models["base"]), positions)
+        assert [one.spec for one in requests] == [f"longcontext:lengths={spec},n_items=25"] and not skipped
+
+
+def test_the_fewest_positions_count(tmp_path: Path) -> None:
+    subjects = []
+    configs = [{"max_position_embeddings": 700}, {"text_config": {"max_position_embeddings": 600}}, {}]
+    for number, config in enumerate(configs):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "config.json").write_text(json.dumps(config))
+        subjects.append(Subject(label="m", path=str(tmp_path / f"{number}")))
+    assert health.least_positions([*subjects, Subject(label="hub", path="some/model")]) == 600
+    assert health.least_positions(subjects[2:]) is None
+
+
+def test_equal_failures_are_one_line() -> None:
+    failures = [Failure("m", "s", shard, why) for shard, why in (("a", "x"), ("b", "y"), ("c", "x"))]
+    assert told([*failures, Failure("n", "s", "", "x")]) == ["m · s · a, c: x", "m · s · b: y", "n · s: x"]
 
 
 def test_what_is_not_prepared_is_left_out_with_its_reason(models: dict[str, str], monkeypatch: Any) -> None:
