@@ -400,7 +400,8 @@ def intruders(
     """Return which of the leading singular directions of a tuned matrix the base does not have, and the tuned SVD.
 
     Intruder dimensions (Shuttleworth et al. 2024, arXiv 2410.21228): of the ``top_k`` left singular vectors of w1
-    those whose largest ``|cosine|`` with any left singular vector of w0 is below ``epsilon``.
+    those whose largest ``|cosine|`` with any left singular vector of w0 is below ``epsilon``. Vectors of singular values
+    that are 0 but for rounding do not count: they point anywhere.
 
     Args:
         w1: tuned, ``[d_out, d_in]``.
@@ -412,10 +413,11 @@ def intruders(
         Their places, and (U, S, Vh) of w1 in the working type.
     """
     work = working_type(w1, w0)
-    before = torch.linalg.svd(w0.to(work), full_matrices=False)[0]
+    before, sizes, _ = torch.linalg.svd(w0.to(work), full_matrices=False)
     left, values, right = torch.linalg.svd(w1.to(work), full_matrices=False)
-    nearest = (left[:, :top_k].T @ before).abs().amax(dim=1)
-    there = values[:top_k] > values[0] * torch.finfo(work).eps * max(w1.shape)  # what has no size is no direction
+    rounding = torch.finfo(work).eps * max(w1.shape)  # what has no size is no direction, on neither side
+    cosines = (left[:, :top_k].T @ before).abs() * (sizes > sizes[0] * rounding)
+    nearest, there = cosines.amax(dim=1), values[:top_k] > values[0] * rounding
     return [int(place) for place in ((nearest < epsilon) & there).nonzero()[:, 0]], (left, values, right)
 
 

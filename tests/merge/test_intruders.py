@@ -39,6 +39,7 @@ def test_a_planted_direction_is_the_only_intruder_and_shrinks_by_the_factor() ->
     small = planted(size=1.0)  # the seventh direction: not among the first three
     assert torch.equal(k.reduce_intruders(small[1], small[0], top_k=3), small[1])
     assert k.intruders(small[1], small[0], top_k=7)[0] == [6]
+    assert k.intruders(tuned, torch.zeros_like(base))[0] == list(range(7))  # nothing was there before
 
 
 def test_a_move_along_the_bases_own_directions_is_no_intruder() -> None:

@@ -311,8 +311,9 @@ def test_dg_hard_returns_to_the_base_on_noise_and_keeps_what_stands_out(shape: t
     once = k.dg_hard(base + signal + noise, base)
     assert int(torch.linalg.matrix_rank(once - base, atol=1e-3)) == 8
     assert float((once - base - signal).norm()) < 0.7 * float(noise.norm())
-    torch.testing.assert_close(k.dg_hard(once, base), once, rtol=0, atol=2e-5)  # again: its median is 0
-    torch.testing.assert_close(k.dg_hard((base + signal + noise).T, base.T), once.T, rtol=0, atol=2e-5)
+    rounding = 6e-6 * float(once.abs().max())  # two float32 SVDs, which processors round otherwise
+    torch.testing.assert_close(k.dg_hard(once, base), once, rtol=0, atol=rounding)  # again: its median is 0
+    torch.testing.assert_close(k.dg_hard((base + signal + noise).T, base.T), once.T, rtol=0, atol=rounding)
 
 
 def test_dg_hard_keeps_everything_at_scale_0_and_less_at_larger_ones() -> None:
