@@ -217,13 +217,13 @@ def show(result: Result) -> None:
     console = Console(markup=False, highlight=False, emoji=False)
     facts = result.as_dict()
     if facts["points"]:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("%", overflow="fold")
         for name in ("general retention", "domain gain kept", "undone"):
             table.add_column(name, justify="right", no_wrap=True)
         names = list(facts["points"][0]["standing"]["scores"])
         for name in names:
-            table.add_column(name, justify="right", overflow="fold")
+            table.add_column(name, justify="right", overflow="fold", min_width=min(8, len(name)))
         table.add_column("", no_wrap=True)
         for point in facts["points"]:
             standing = point["standing"]
@@ -232,7 +232,9 @@ def show(result: Result) -> None:
             scores = [_score(standing["scores"][name]) for name in names]
             table.add_row(point["label"], *shares, *scores, role)
         console.print(table)
-        console.print("general and domain: bits per byte (nats per token); of suites: accuracy", style="dim")
+        console.print(
+            "general and domain: bits per byte (in --json nats per token, too); of suites: accuracy", style="dim"
+        )
     for name, why in facts["left_out"].items():
         console.print(f"{name} does not count: {why}", style="dim", soft_wrap=True)
     for by, one in facts["agreement"].items():
@@ -255,10 +257,10 @@ def _share(one: dict[str, Any]) -> str:
 
 
 def _score(score: dict[str, float]) -> str:
-    """Return bits per byte with nats per token beside them, or an accuracy."""
+    """Return bits per byte, or an accuracy."""
     if "score" in score:
         return f"{100 * score['score']:.1f} %"
-    return f"{score['bits_per_byte']:.3f} ({score['nats_per_token']:.3f})"
+    return f"{score['bits_per_byte']:.3f}"
 
 
 def _bill(bill: dict[str, Any]) -> str:

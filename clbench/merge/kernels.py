@@ -400,8 +400,8 @@ def intruders(
     """Return which of the leading singular directions of a tuned matrix the base does not have, and the tuned SVD.
 
     Intruder dimensions (Shuttleworth et al. 2024, arXiv 2410.21228): of the ``top_k`` left singular vectors of w1
-    those whose largest ``|cosine|`` with any left singular vector of w0 is below ``epsilon``. Vectors of singular values
-    that are 0 but for rounding do not count: they point anywhere.
+    those whose largest ``|cosine|`` with any left singular vector of w0 is below ``epsilon``. Vectors of
+    singular values that are 0 but for rounding do not count: they point anywhere.
 
     Args:
         w1: tuned, ``[d_out, d_in]``.
