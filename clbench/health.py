@@ -235,7 +235,7 @@ def least_positions(subjects: Iterable[Subject]) -> int | None:
     for subject in subjects:
         path = Path(subject.path) / "config.json"
         config = read_json(path) if path.is_file() else {}
-        has = {**config, **config.get("text_config", {})}.get("max_position_embeddings")
+        has = {**config, **(config.get("text_config") or {})}.get("max_position_embeddings")
         found += [has] if isinstance(has, int) else []
     return min(found, default=None)
 

@@ -226,7 +226,11 @@ def test_the_default_lengths_are_those_that_the_models_read(
 
 def test_the_fewest_positions_count(tmp_path: Path) -> None:
     subjects = []
-    configs = [{"max_position_embeddings": 700}, {"text_config": {"max_position_embeddings": 600}}, {}]
+    configs = [
+        {"max_position_embeddings": 700, "text_config": None},
+        {"text_config": {"max_position_embeddings": 600}},
+        {},
+    ]
     for number, config in enumerate(configs):
         (tmp_path / f"{number}").mkdir()
         (tmp_path / f"{number}" / "config.json").write_text(json.dumps(config))
